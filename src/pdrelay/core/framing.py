@@ -1,0 +1,56 @@
+"""Length-prefixed msgpack frames: one codec for asyncio and for blocking or polled sockets.
+
+A frame is a little-endian uint32 length and that many bytes of msgpack.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from pdrelay.errors import ProtocolError
+
+MAX_FRAME_BYTES = 256 << 20
+_HEADER = struct.Struct("<I")
+
+T = TypeVar("T")
+
+
+class FrameCodec(Generic[T]):
+    """Encode messages to frames and cut a byte stream back into messages of one union type."""
+
+    def __init__(self, message_type: Any) -> None:
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(message_type)
+        self._buffer = bytearray()
+
+    def encode(self, message: Any) -> bytes:
+        body = self._encoder.encode(message)
+        return _HEADER.pack(len(body)) + body
+
+    def feed(self, data: bytes | bytearray | memoryview) -> list[T]:
+        """Take received bytes, return the messages they complete.
+
+        Raises ProtocolError for an oversized frame or a message that does not decode.
+        """
+        self._buffer += data
+        messages: list[T] = []
+        start = 0
+        while len(self._buffer) - start >= _HEADER.size:
+            (length,) = _HEADER.unpack_from(self._buffer, start)
+            if length > MAX_FRAME_BYTES:
+                raise ProtocolError(f"frame of {length} bytes exceeds {MAX_FRAME_BYTES}")
+            end = start + _HEADER.size + length
+            if len(self._buffer) < end:
+                break
+            body = bytes(memoryview(self._buffer)[start + _HEADER.size : end])
+            try:
+                messages.append(self._decoder.decode(body))
+            except (msgspec.DecodeError, msgspec.ValidationError) as error:
+                raise ProtocolError(f"undecodable message: {error}") from error
+            start = end
+        if start:
+            del self._buffer[:start]
+        return messages

@@ -1,0 +1,152 @@
+"""The transport seam: KV from a producer's pages to a consumer's pages.
+
+A transport knows pages, not schedules. The engine drives it from one thread per rank:
+
+    producer rank                              consumer rank
+    ------------                               -------------
+    link = transport.connect(hello, fds)       hello, fds = transport.descriptor()
+    link.begin(transfer_id, keys)              transport.expect(transfer_id, blocks, keys)
+    link.send(transfer_id, layer, src, dst)
+      ... once per layer and chunk ...
+    link.finish(transfer_id)
+    link.poll() -> [Sent]                      transport.commit(transfer_id, num_pages)
+                                               transport.poll() -> [Arrived]
+
+Rules every transport keeps (tests/transport/conformance):
+- `send` may return before the bytes are read; source pages stay untouched until `Sent`.
+- `commit` tells the consumer how many (layer, block) pages were sent; `Arrived` follows when
+  exactly those are in its pages. It comes over the engine's control link, so it may overtake data.
+- `abort` is idempotent on both sides, and after the producer's `abort` returned, it stores nothing
+  more into the consumer's pages. The consumer's late data for an aborted transfer is discarded.
+- Nothing blocks longer than a copy: a stalled peer shows as `TransferFailed` after the deadline.
+- No pickle; descriptors are msgpack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from pdrelay.core.kv_layout import KVLayout
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a transport can do."""
+
+    name: str
+    staged: bool  # bytes pass through a buffer that is neither pool
+    layer_wise: bool  # pages reach the consumer while later layers are computed
+    needs_slots: bool  # `send` needs the consumer's block ids
+    cross_host: bool
+    prefix_store: bool  # keeps pages by key for any instance to load
+
+
+@dataclass(frozen=True)
+class TransferReport:
+    """What one side saw of one transfer. Times are CLOCK_MONOTONIC ns."""
+
+    transfer_id: str
+    transport: str
+    num_bytes: int
+    num_pieces: int  # contiguous copies or messages
+    start_ns: int  # first piece begun (0 when nothing was sent)
+    end_ns: int  # last piece done
+    busy_ns: int  # inside copies or socket calls
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Producer side: the source pages may be reused."""
+
+    report: TransferReport
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """Consumer side: all committed pages are in place."""
+
+    report: TransferReport
+
+
+@dataclass(frozen=True)
+class TransferFailed:
+    transfer_id: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Descriptor:
+    """What a producer needs to reach a consumer: msgpack bytes and open file descriptors."""
+
+    data: bytes
+    fds: tuple[int, ...] = field(default=())
+
+
+class ProducerLink(Protocol):
+    """A producer's end towards one consumer incarnation."""
+
+    def begin(self, transfer_id: str, keys: Sequence[bytes]) -> None:
+        """Open a transfer. `keys[i]` names block i of the request (content hash, or unique)."""
+
+    def send(
+        self,
+        transfer_id: str,
+        layer: int,
+        first_block: int,
+        src_blocks: Sequence[int],
+        dst_blocks: Sequence[int],
+    ) -> None:
+        """Move one layer of request blocks `first_block ..`, whole blocks, from local pages.
+
+        `dst_blocks` is empty where the transport does not need slots. Raises TransportError when
+        the link is broken.
+        """
+
+    def finish(self, transfer_id: str) -> None:
+        """No further `send` follows."""
+
+    def poll(self) -> list[Sent | TransferFailed]: ...
+
+    def abort(self, transfer_id: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class PrefixStore(Protocol):
+    """Pages kept by key outside every pool (transport `pool`)."""
+
+    def match(self, keys: Sequence[bytes]) -> int:
+        """How many leading keys the store holds now."""
+
+    def load(self, keys: Sequence[bytes], dst_blocks: Sequence[int]) -> int:
+        """Copy the pages of leading keys into local pages; returns how many were still there."""
+
+
+class Transport(Protocol):
+    """One rank's transport: its consumer side, and the factory of its producer links."""
+
+    capabilities: Capabilities
+    prefix_store: PrefixStore | None
+
+    def descriptor(self) -> Descriptor: ...
+
+    def connect(self, layout: KVLayout, descriptor: Descriptor) -> ProducerLink:
+        """Reach a consumer. Raises TransportError when layouts do not fit or it is gone."""
+
+    def expect(
+        self, transfer_id: str, first_block: int, blocks: Sequence[int], keys: Sequence[bytes]
+    ) -> None:
+        """Request blocks `first_block ..` will arrive in local `blocks`. `keys` is for all blocks."""
+
+    def commit(self, transfer_id: str, num_pages: int) -> None: ...
+
+    def poll(self) -> list[Arrived | TransferFailed]: ...
+
+    def abort(self, transfer_id: str) -> None: ...
+
+    def fileno(self) -> int | None:
+        """A descriptor that becomes readable when `poll` of either side has news, if any."""
+
+    def close(self) -> None: ...

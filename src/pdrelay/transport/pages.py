@@ -1,0 +1,59 @@
+"""A rank's KV pool on CPU: anonymous shared memory that a peer can map.
+
+The memory has no name (memfd, or a file unlinked at once), so nothing can be left behind, however
+a process dies; a peer maps it through the file descriptor it is handed.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+
+import numpy as np
+
+from pdrelay.core.kv_layout import KVLayout
+
+
+def _anonymous_file(num_bytes: int) -> int:
+    if hasattr(os, "memfd_create"):
+        fd = os.memfd_create("pdrelay-kv", os.MFD_CLOEXEC)
+    else:
+        with tempfile.TemporaryFile() as file:
+            fd = os.dup(file.fileno())
+    os.ftruncate(fd, num_bytes)
+    return fd
+
+
+class SharedPages:
+    """KV pages `[num_layers, num_blocks, layer_block_bytes]` as uint8, backed by `fd`.
+
+    Pages are zero and take no memory until first written.
+    """
+
+    def __init__(self, layout: KVLayout, fd: int) -> None:
+        """Map `fd` (owned by this object from now on)."""
+        self.layout = layout
+        self.fd = fd
+        self._map = mmap.mmap(fd, layout.total_bytes)
+        self.array: np.ndarray[tuple[int, int, int], np.dtype[np.uint8]] = np.frombuffer(
+            self._map, dtype=np.uint8
+        ).reshape(layout.num_layers, layout.num_blocks, layout.layer_block_bytes)
+
+    @classmethod
+    def create(cls, layout: KVLayout) -> SharedPages:
+        return cls(layout, _anonymous_file(layout.total_bytes))
+
+    @property
+    def buffer(self) -> mmap.mmap:
+        """The raw bytes, for torch.frombuffer."""
+        return self._map
+
+    def close(self) -> None:
+        """Drop the mapping. Views that others still hold keep it alive until they go."""
+        self.array = np.empty((0, 0, 0), dtype=np.uint8)
+        try:
+            self._map.close()
+        except BufferError:
+            pass  # a torch tensor still exports it; the kernel frees it with the process
+        os.close(self.fd)
