@@ -2,8 +2,8 @@
 
     front door -> rank 0   Submit | Prefill | Expect | Abort | Ping | Drain
     rank 0 -> front door   Ready | StepResult | Pong | Fatal
+    producer -> consumer   PeerIntro | Commit | Cancel | Closed
     consumer -> producer   PeerHello | Reserve | Cancel | Closed
-    producer -> consumer   Commit | Cancel | Closed
 
 Every message is a tagged struct; an unknown tag or a wrong type is a ProtocolError at the reader.
 """
@@ -186,8 +186,14 @@ FromWorker = Ready | StepResult | Pong | Fatal
 # ---- P/D peers
 
 
+class PeerIntro(msgspec.Struct, frozen=True, tag="peer_intro"):
+    """First message on a peer socket, from the producer that connected."""
+
+    instance: str
+
+
 class PeerHello(msgspec.Struct, frozen=True, kw_only=True, tag="peer_hello"):
-    """First message on a peer socket, from the consumer; file descriptors travel with it."""
+    """The consumer's answer to PeerIntro; file descriptors travel with it."""
 
     instance: str
     layout: KVLayout
@@ -213,6 +219,7 @@ class Commit(msgspec.Struct, frozen=True, kw_only=True, tag="commit"):
     num_bytes: int
     num_pieces: int
     start_ns: int  # first piece sent
+    busy_ns: int  # inside copies or socket calls
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
@@ -228,4 +235,4 @@ class Closed(msgspec.Struct, frozen=True, tag="closed"):
     request_id: str
 
 
-PeerMessage = PeerHello | Reserve | Commit | Cancel | Closed
+PeerMessage = PeerIntro | PeerHello | Reserve | Commit | Cancel | Closed

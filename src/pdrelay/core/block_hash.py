@@ -1,0 +1,33 @@
+"""Chained content hashes of blocks: equal keys mean equal token prefixes.
+
+Key i is SHA-256 over key i-1 and the token ids of block i, so a key names the whole prefix up to
+and including its block. 256 bits make an accidental or crafted collision infeasible (a 64-bit
+Python hash is neither; see CVE-2025-25183 on vLLM's).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+
+
+def root_key(cache_salt: str = "") -> bytes:
+    """The parent of block 0. Requests with different salts share nothing."""
+    return hashlib.sha256(b"pdrelay-block-v1:" + cache_salt.encode()).digest()
+
+
+def extend_keys(
+    keys: list[bytes], token_ids: Sequence[int], block_size: int, cache_salt: str = ""
+) -> None:
+    """Append to `keys` the keys of all full blocks of `token_ids` it does not hold yet."""
+    parent = keys[-1] if keys else root_key(cache_salt)
+    for i in range(len(keys), len(token_ids) // block_size):
+        block = array("I", token_ids[i * block_size : (i + 1) * block_size])
+        parent = hashlib.sha256(parent + block.tobytes()).digest()
+        keys.append(parent)
+
+
+def tail_key(request_id: str) -> bytes:
+    """A key for a partial last block: unique to one request, shared by nobody."""
+    return hashlib.sha256(b"pdrelay-tail-v1:" + request_id.encode()).digest()

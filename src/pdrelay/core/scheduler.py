@@ -1,0 +1,377 @@
+"""Continuous batching with a token budget: which tokens of which requests run in the next step.
+
+The scheduler is a deterministic function of the calls made to it. It owns the block manager and
+every request of its instance, in each role:
+
+    both      add -> (steps) -> finished
+    prefill   add(samples_only_first) -> (steps) -> handing over -> release
+    decode    expect -> reserved -> commit -> (steps) -> finished
+
+`schedule` moves progress forward at once, `update` brings the sampled tokens: a caller may plan
+step N+1 before the tokens of step N are in. Preemption is by recomputation, latest first, as in
+vLLM (Kwon et al., 2023, section 4.5).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from pdrelay.core.block_manager import BlockCounts, BlockManager
+from pdrelay.core.messages import FinishReason
+from pdrelay.core.request import Request, Status
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens `start .. start + length` of a request run in this step."""
+
+    request: Request
+    start: int
+    length: int
+    samples: bool  # the last token's logits choose the next token
+    token_pending: bool  # the input token is being sampled by a step still in flight
+
+    @property
+    def is_decode(self) -> bool:
+        return self.length == 1 and self.start >= self.request.num_prompt_tokens
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """The consumer promises `blocks` for prompt blocks `first_block ..`."""
+
+    request: Request
+    first_block: int
+    blocks: list[int]
+
+
+@dataclass
+class StepPlan:
+    """Chunks in batch order: decodes first, then prefill chunks."""
+
+    chunks: list[Chunk] = field(default_factory=list)
+    reservations: list[Reservation] = field(default_factory=list)
+    admitted: list[Request] = field(default_factory=list)  # scheduled for the first time
+    preempted: list[Request] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class NewToken:
+    request: Request
+    index: int  # into the step's sampled tokens
+    token_id: int
+    finish_reason: FinishReason | None
+    stop_token_id: int | None
+
+
+class ExternalPrefix(Protocol):
+    """Pages that some store outside the pool holds by key."""
+
+    def match(self, keys: Sequence[bytes]) -> int: ...
+
+    def load(self, keys: Sequence[bytes], dst_blocks: Sequence[int]) -> int: ...
+
+
+class Scheduler:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        blocks: BlockManager,
+        external_prefix: ExternalPrefix | None = None,
+    ) -> None:
+        self.config = config
+        self.blocks = blocks
+        self.requests: dict[str, Request] = {}
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.expected: deque[Request] = deque()
+        self.num_preemptions = 0
+        self.prefix_queries = 0  # tokens looked up
+        self.prefix_hits = 0  # tokens found
+        self._external_prefix = external_prefix
+
+    # ---- requests in and out
+
+    def add(self, request: Request) -> None:
+        assert request.request_id not in self.requests
+        self.requests[request.request_id] = request
+        self.waiting.append(request)
+
+    def expect(self, request: Request) -> None:
+        """Consumer: promise blocks to `request` as soon as there are enough, first come first."""
+        assert request.request_id not in self.requests
+        self.requests[request.request_id] = request
+        request.status = Status.EXPECTED
+        self.expected.append(request)
+
+    def commit(self, request: Request, first_token: int) -> None:
+        """Consumer: the prompt's KV is in the reserved blocks; go on from `first_token`."""
+        assert request.status is Status.RESERVED
+        self.blocks.end_transfer(request.block_table)
+        request.num_computed_tokens = request.num_prompt_tokens
+        request.token_ids.append(first_token)
+        self._publish(request)
+        request.status = Status.WAITING
+        self.waiting.append(request)
+
+    def begin_closing(self, request: Request) -> None:
+        """Consumer: give up a reserved request whose producer may still store into its blocks."""
+        assert request.status is Status.RESERVED
+        request.status = Status.CLOSING
+
+    def finish(self, request: Request) -> None:
+        """Forget the request and give its blocks back, whatever its state."""
+        if request.status is Status.FINISHED:
+            return
+        if request.status is Status.WAITING:
+            self.waiting.remove(request)
+        elif request.status is Status.RUNNING:
+            self.running.remove(request)
+        elif request.status is Status.EXPECTED:
+            self.expected.remove(request)
+        else:  # RESERVED, CLOSING, HANDING_OVER
+            self.blocks.end_transfer(request.block_table)
+        self._free(request)
+        request.status = Status.FINISHED
+        del self.requests[request.request_id]
+
+    def begin_hand_over(self, request: Request) -> None:
+        """Producer: prefill is done; hold the blocks until the transfer is over (`finish`)."""
+        assert request.status is Status.RUNNING
+        self.running.remove(request)
+        self.blocks.begin_transfer(request.block_table)
+        request.status = Status.HANDING_OVER
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `schedule` may plan something."""
+        return bool(self.waiting or self.running or self.expected)
+
+    @property
+    def idle(self) -> bool:
+        return not self.requests
+
+    def counts(self) -> BlockCounts:
+        return self.blocks.counts()
+
+    def check_integrity(self) -> None:
+        """Assert the block invariants against all live requests."""
+        self.blocks.check_integrity(r.block_table for r in self.requests.values())
+        queued = [*self.waiting, *self.running, *self.expected]
+        assert len(queued) == len({id(r) for r in queued})
+        assert all(r.status is Status.WAITING for r in self.waiting)
+        assert all(r.status is Status.RUNNING for r in self.running)
+        assert all(r.status is Status.EXPECTED for r in self.expected)
+
+    # ---- one step
+
+    def schedule(self) -> StepPlan:
+        plan = StepPlan()
+        self._reserve_expected(plan)
+        budget = self._schedule_running(plan, self.config.max_num_batched_tokens)
+        if not plan.preempted:
+            self._schedule_waiting(plan, budget)
+        plan.chunks.sort(key=lambda chunk: not chunk.is_decode)
+        return plan
+
+    def update(self, plan: StepPlan, sampled: Sequence[int]) -> list[NewToken]:
+        """Take the tokens sampled for the plan's sampling chunks, in their order.
+
+        Finished requests are forgotten and their blocks given back, except a producer's request
+        that goes on elsewhere: that one stays RUNNING for `begin_hand_over`.
+        """
+        tokens: list[NewToken] = []
+        position = 0
+        for chunk in plan.chunks:
+            request = chunk.request
+            token_id = -1
+            if chunk.samples:
+                token_id = sampled[position]
+                position += 1
+                request.num_in_flight -= 1
+            if request.status is Status.FINISHED:
+                continue  # aborted, or finished by the previous step, while this one ran
+            if chunk.samples:
+                request.token_ids.append(token_id)
+            if request.status is Status.RUNNING:
+                self._publish(request)
+            if chunk.samples:
+                reason, stop_token_id = request.finish_reason()
+                tokens.append(NewToken(request, position - 1, token_id, reason, stop_token_id))
+                if reason is not None:
+                    self.finish(request)
+        assert position == len(sampled)
+        return tokens
+
+    def _reserve_expected(self, plan: StepPlan) -> None:
+        while self.expected:
+            request = self.expected[0]
+            keys = request.prompt_keys(self.config.block_size)
+            cached = self.blocks.match(keys)
+            # Room for the first decoded token too, so that it is not preempted on arrival.
+            needed = self._blocks_for(request.num_prompt_tokens + 1) - len(cached)
+            self.blocks.acquire(cached)
+            # A block for each running request stays back: promises must not preempt decodes.
+            if needed + len(self.running) > self.blocks.num_available:
+                self.blocks.release(cached)
+                return
+            fresh = self.blocks.allocate(needed)
+            assert fresh is not None
+            self.expected.popleft()
+            request.block_table = cached + fresh
+            request.num_published_blocks = len(cached)
+            request.status = Status.RESERVED
+            self.blocks.begin_transfer(request.block_table)
+            promised = request.block_table[len(cached) : len(keys)]
+            plan.reservations.append(Reservation(request, len(cached), promised))
+
+    def _schedule_running(self, plan: StepPlan, budget: int) -> int:
+        for request in list(self.running):
+            if budget == 0:
+                break
+            if request.status is not Status.RUNNING or request.exhausted:
+                continue
+            length = min(request.num_uncomputed_tokens, budget)
+            if length == 0:
+                continue
+            if not self._grow_or_preempt(request, length, plan):
+                continue
+            self._plan_chunk(plan, request, length)
+            budget -= length
+        if plan.preempted:
+            kept = [c for c in plan.chunks if c.request.status is Status.RUNNING]
+            assert len(kept) == len(plan.chunks), "a planned request was preempted"
+        return budget
+
+    def _grow_or_preempt(self, request: Request, length: int, plan: StepPlan) -> bool:
+        """Give `request` blocks for `length` more tokens, taking them from the latest others."""
+        while not self._grow(request, request.num_computed_tokens + length):
+            victim = self.running[-1]
+            if any(chunk.request is victim for chunk in plan.chunks):
+                return False  # everyone behind is preempted already; wait for a finished request
+            self._preempt(victim, plan)
+            if victim is request:
+                return False
+        return True
+
+    def _schedule_waiting(self, plan: StepPlan, budget: int) -> None:
+        while self.waiting and budget > 0 and len(self.running) < self.config.max_num_seqs:
+            request = self.waiting[0]
+            if request.num_in_flight:
+                return  # preempted while a token of it is being sampled: its ids are not known yet
+            if not request.block_table:
+                self._take_cached_prefix(request)
+            length = min(request.num_uncomputed_tokens, budget)
+            if not self._grow(request, request.num_computed_tokens + length):
+                if not self.running and self._free_last_waiting(request):
+                    continue
+                if request.num_computed_tokens < request.num_prompt_tokens:
+                    self._free(request)
+                return
+            self.waiting.popleft()
+            request.status = Status.RUNNING
+            self.running.append(request)
+            if not request.started:
+                request.started = True
+                plan.admitted.append(request)
+            self._plan_chunk(plan, request, length)
+            budget -= length
+
+    def _free_last_waiting(self, first: Request) -> bool:
+        """Nothing runs and `first` does not fit: take the blocks of the latest that waits.
+
+        On a consumer, handed-over requests wait with their KV; the latest is recomputed.
+        """
+        for other in reversed(self.waiting):
+            if other is not first and other.block_table:
+                self._free(other)
+                return True
+        return False
+
+    def _plan_chunk(self, plan: StepPlan, request: Request, length: int) -> None:
+        start = request.num_computed_tokens
+        total = len(request.token_ids) + request.num_in_flight
+        samples = start + length == total
+        pending = start + length > len(request.token_ids)
+        assert not pending or length == 1
+        plan.chunks.append(Chunk(request, start, length, samples, pending))
+        request.num_computed_tokens += length
+        request.num_in_flight += samples
+
+    # ---- blocks
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.config.block_size)
+
+    def _grow(self, request: Request, num_tokens: int) -> bool:
+        missing = self._blocks_for(num_tokens) - len(request.block_table)
+        if missing <= 0:
+            return True
+        fresh = self.blocks.allocate(missing)
+        if fresh is None:
+            return False
+        request.block_table.extend(fresh)
+        return True
+
+    def _take_cached_prefix(self, request: Request) -> None:
+        """Start behind the longest known prefix; at least the last token is always computed."""
+        assert request.num_computed_tokens == 0
+        if request.params.prompt_logprobs is not None and request.num_output_tokens == 0:
+            request.num_cached_tokens = 0
+            return
+        request.extend_block_keys(self.config.block_size)
+        limit = (len(request.token_ids) - 1) // self.config.block_size
+        keys = request.block_keys[:limit]
+        cached = self.blocks.match(keys)
+        self.blocks.acquire(cached)
+        request.block_table = cached + self._load_external(keys[len(cached) :])
+        request.num_published_blocks = len(cached)
+        request.num_computed_tokens = len(request.block_table) * self.config.block_size
+        if request.num_cached_tokens is None:
+            request.num_cached_tokens = request.num_computed_tokens
+            self.prefix_queries += len(request.token_ids)
+            self.prefix_hits += request.num_computed_tokens
+
+    def _load_external(self, keys: Sequence[bytes]) -> list[int]:
+        if self._external_prefix is None or not keys:
+            return []
+        count = min(self._external_prefix.match(keys), self.blocks.num_available)
+        blocks = self.blocks.allocate(count) or []
+        loaded = self._external_prefix.load(keys[:count], blocks) if blocks else 0
+        self.blocks.release(blocks[loaded:])
+        return blocks[:loaded]
+
+    def _preempt(self, request: Request, plan: StepPlan) -> None:
+        self.running.remove(request)
+        self._free(request)
+        request.status = Status.WAITING
+        self.waiting.appendleft(request)
+        self.num_preemptions += 1
+        plan.preempted.append(request)
+
+    def _free(self, request: Request) -> None:
+        self.blocks.release(request.block_table)
+        request.block_table = []
+        request.num_computed_tokens = 0
+        request.num_published_blocks = 0
+
+    def _publish(self, request: Request) -> None:
+        """Put the blocks that are full of computed tokens under their keys."""
+        known = min(request.num_computed_tokens, len(request.token_ids))
+        full = known // self.config.block_size
+        if full <= request.num_published_blocks:
+            return
+        request.extend_block_keys(self.config.block_size)
+        for i in range(request.num_published_blocks, full):
+            self.blocks.set_key(request.block_table[i], request.block_keys[i])
+        request.num_published_blocks = full

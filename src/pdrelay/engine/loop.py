@@ -1,0 +1,267 @@
+"""The step loop of rank 0: messages in, one step, tokens out. Single-threaded.
+
+Plan, run, and read are separate calls (`Scheduler.schedule`, `ModelRunner.execute`,
+`Scheduler.update`), so that an overlapping loop can plan step N+1 before it reads step N.
+"""
+
+from __future__ import annotations
+
+import resource
+import selectors
+from collections.abc import Callable
+from typing import Protocol
+
+from pdrelay.core.channel import Channel
+from pdrelay.core.clock import Clock
+from pdrelay.core.events import Event, EventKind
+from pdrelay.core.messages import (
+    Abort,
+    Drain,
+    Expect,
+    Ping,
+    Pong,
+    Prefill,
+    Submit,
+    TokenLogprobs,
+    ToWorker,
+    WorkerStats,
+)
+from pdrelay.core.request import Request
+from pdrelay.core.scheduler import NewToken, Scheduler, StepPlan
+from pdrelay.engine.consumer import Consumer
+from pdrelay.engine.outbox import Outbox
+from pdrelay.engine.producer import Producer
+from pdrelay.engine.runner import StepTokens
+from pdrelay.transport.base import Transport
+
+STATS_INTERVAL_NS = 100_000_000
+_IDLE_WAIT_S = 1.0  # an idle loop wakes for deadlines at least this often
+
+
+class Runner(Protocol):
+    """What the loop needs of a model runner; tests give a fake."""
+
+    def execute(self, plan: StepPlan, after_layer: Callable[[int], None] | None) -> StepTokens: ...
+
+
+class EngineLoop:
+    def __init__(
+        self,
+        *,
+        instance: str,
+        scheduler: Scheduler,
+        runner: Runner,
+        control: Channel[ToWorker],
+        outbox: Outbox,
+        producer: Producer | None,
+        consumer: Consumer | None,
+        transport: Transport | None,
+        clock: Clock,
+    ) -> None:
+        self._instance = instance
+        self._scheduler = scheduler
+        self._runner = runner
+        self._control = control
+        self._outbox = outbox
+        self._producer = producer
+        self._consumer = consumer
+        self._transport = transport
+        self._clock = clock
+        self._draining = False
+        self._stats = WorkerStats()
+        self._stats_sent_ns = 0
+        self._stats_dirty = True
+        self._prompt_logprobs: dict[str, list[TokenLogprobs | None]] = {}
+
+    def run(self) -> None:
+        """Serve until drained or until the front door is gone."""
+        worked = True
+        while not self._control.closed:
+            self._wait(block=not worked)
+            self._read_control()
+            if self._draining and self._scheduler.idle:
+                return
+            self._poll_transfers()
+            worked = self._step() if self._scheduler.has_work else False
+            self._flush()
+
+    # ---- input
+
+    def _wait(self, *, block: bool) -> None:
+        """Sleep until some socket has news, when the last turn found nothing to do."""
+        if not block:
+            return
+        with selectors.DefaultSelector() as selector:
+            for channel in self._channels():
+                writable = selectors.EVENT_WRITE if channel.has_pending else 0
+                selector.register(channel, selectors.EVENT_READ | writable)
+            if self._consumer is not None:
+                selector.register(self._consumer.listener, selectors.EVENT_READ)
+            news = self._transport.fileno() if self._transport is not None else None
+            if news is not None:
+                selector.register(news, selectors.EVENT_READ)
+            selector.select(_IDLE_WAIT_S)
+
+    def _channels(self) -> list[Channel]:
+        channels: list[Channel] = [self._control]
+        if self._producer is not None:
+            channels += self._producer.channels()
+        if self._consumer is not None:
+            channels += self._consumer.channels()
+        return [channel for channel in channels if not channel.closed]
+
+    def _read_control(self) -> None:
+        self._control.flush()
+        for message in self._control.receive():
+            match message:
+                case Submit(request=source):
+                    self._scheduler.add(Request(source))
+                case Prefill():
+                    assert self._producer is not None, "not a producer"
+                    self._producer.prefill(message)
+                case Expect():
+                    assert self._consumer is not None, "not a consumer"
+                    self._consumer.expect(message)
+                case Abort(request_id=request_id, reason=reason):
+                    self._abort(request_id, reason)
+                case Ping(nonce=nonce):
+                    self._control.send(Pong(nonce, self._snapshot()))
+                case Drain():
+                    self._draining = True
+
+    def _abort(self, request_id: str, reason: str) -> None:
+        self._prompt_logprobs.pop(request_id, None)
+        self._stats_dirty = True
+        if self._producer is not None:
+            self._producer.abort(request_id, reason)
+        if self._consumer is not None:
+            self._consumer.abort(request_id, reason)
+        elif (request := self._scheduler.requests.get(request_id)) is not None:
+            self._scheduler.finish(request)
+
+    def _poll_transfers(self) -> None:
+        if self._producer is not None:
+            self._producer.poll()
+        if self._consumer is not None:
+            self._consumer.poll()
+
+    # ---- one step
+
+    def _step(self) -> bool:
+        """Plan and run one step. Returns whether anything could run."""
+        plan = self._scheduler.schedule()
+        for reservation in plan.reservations:
+            assert self._consumer is not None
+            self._consumer.reserved(reservation)
+        if not plan.chunks:
+            return bool(plan.reservations)
+        start_ns = self._clock()
+        self._note_start(plan, start_ns)
+        step = self._runner.execute(plan, self._between_layers(plan))
+        end_ns = self._clock()
+        self._note_prefill_end(plan, end_ns)
+        self._note_prompt_logprobs(plan, step)
+        for token in self._scheduler.update(plan, step.token_ids):
+            self._emit(token, step.logprobs[token.index])
+        self._stats.num_steps += 1
+        self._stats.busy_ns += end_ns - start_ns
+        self._stats_dirty = True
+        return True
+
+    def _between_layers(self, plan: StepPlan) -> Callable[[int], None] | None:
+        """A producer sends each layer as it is written, and hears of new slots meanwhile."""
+        producer = self._producer
+        if producer is None:
+            return None
+
+        def after_layer(layer: int) -> None:
+            producer.poll_slots()
+            producer.after_layer(plan, layer)
+
+        return after_layer
+
+    def _emit(self, token: NewToken, logprobs: TokenLogprobs | None) -> None:
+        request = token.request
+        output = self._outbox.output(request.request_id)
+        output.token_ids = [*output.token_ids, token.token_id]
+        if logprobs is not None:
+            output.logprobs = [*(output.logprobs or []), logprobs]
+        output.finish_reason = token.finish_reason
+        output.stop_token_id = token.stop_token_id
+        if request.num_output_tokens == 1:
+            output.num_cached_tokens = request.num_cached_tokens
+            output.prompt_logprobs = self._prompt_logprobs.pop(request.request_id, None)
+        self._stats.num_generated_tokens += 1
+        if self._producer is None:
+            return
+        if token.finish_reason is None:
+            self._producer.prefill_done(request, token.token_id)
+        else:
+            self._producer.finished_early(request)
+
+    # ---- the record
+
+    def _note_start(self, plan: StepPlan, now_ns: int) -> None:
+        for request in plan.admitted:
+            kind = (
+                EventKind.DECODE_ADMITTED if request.num_output_tokens else EventKind.PREFILL_START
+            )
+            self._outbox.event(request.request_id, Event(kind, now_ns, self._instance))
+            if kind is EventKind.PREFILL_START:
+                self._stats.num_prompt_tokens += request.num_prompt_tokens
+        for request in plan.preempted:
+            self._outbox.event(
+                request.request_id, Event(EventKind.PREEMPTED, now_ns, self._instance)
+            )
+
+    def _note_prefill_end(self, plan: StepPlan, now_ns: int) -> None:
+        for chunk in plan.chunks:
+            if chunk.samples and chunk.request.num_output_tokens == 0:
+                event = Event(EventKind.PREFILL_END, now_ns, self._instance)
+                self._outbox.event(chunk.request.request_id, event)
+
+    def _note_prompt_logprobs(self, plan: StepPlan, step: StepTokens) -> None:
+        for chunk in plan.chunks:
+            request_id = chunk.request.request_id
+            if request_id not in step.prompt_logprobs:
+                continue
+            if chunk.start == 0:
+                self._prompt_logprobs[request_id] = [None]
+            self._prompt_logprobs[request_id].extend(step.prompt_logprobs[request_id])
+
+    # ---- output
+
+    def _flush(self) -> None:
+        now = self._clock()
+        stats = None
+        due = now - self._stats_sent_ns >= STATS_INTERVAL_NS or not self._scheduler.has_work
+        if self._stats_dirty and due:
+            stats, self._stats_sent_ns, self._stats_dirty = self._snapshot(), now, False
+        result = self._outbox.take(now, stats)
+        if result is not None:
+            self._control.send(result)
+
+    def _snapshot(self) -> WorkerStats:
+        stats, scheduler = self._stats, self._scheduler
+        counts = scheduler.counts()
+        stats.t_ns = self._clock()
+        stats.num_running = len(scheduler.running)
+        stats.num_waiting = len(scheduler.waiting) + len(scheduler.expected)
+        stats.num_blocks = scheduler.blocks.num_blocks
+        stats.num_free_blocks = counts.free
+        stats.num_cached_blocks = counts.cached
+        stats.num_used_blocks = counts.used
+        stats.num_in_transfer_blocks = counts.in_transfer
+        stats.prefix_cache_queries = scheduler.prefix_queries
+        stats.prefix_cache_hits = scheduler.prefix_hits
+        stats.num_preemptions = scheduler.num_preemptions
+        stats.peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if self._producer is not None:
+            stats.num_transferring = self._producer.num_transferring
+            stats.kv_bytes_sent = self._producer.bytes_sent
+            stats.kv_transfer_failures = self._producer.failures
+        if self._consumer is not None:
+            stats.num_transferring = self._consumer.num_transferring
+            stats.kv_bytes_received = self._consumer.bytes_received
+            stats.kv_transfer_failures = self._consumer.failures
+        return stats

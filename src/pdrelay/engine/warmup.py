@@ -1,0 +1,43 @@
+"""First calls are slow (allocators, packed weights, kernel builds): make them before Ready."""
+
+from __future__ import annotations
+
+from pdrelay.core.block_manager import BlockManager
+from pdrelay.core.messages import EngineRequest
+from pdrelay.core.request import Request
+from pdrelay.core.sampling_params import SamplingParams
+from pdrelay.core.scheduler import Scheduler, SchedulerConfig
+from pdrelay.engine.runner import ModelRunner
+
+_DECODE_STEPS = 4
+
+
+def warm_up(
+    runner: ModelRunner,
+    config: SchedulerConfig,
+    *,
+    num_blocks: int,
+    vocab_size: int,
+    max_model_len: int,
+) -> None:
+    """Prefill prompts of several lengths and decode a few tokens, on a scheduler of its own."""
+    scheduler = Scheduler(config, BlockManager(num_blocks, enable_prefix_caching=False))
+    lengths = [n for n in (1, 17, 130, 600) if n + _DECODE_STEPS <= max_model_len]
+    for sampled in (False, True):
+        for i, length in enumerate(lengths):
+            params = SamplingParams(
+                max_tokens=_DECODE_STEPS,
+                seed=0,
+                temperature=float(sampled),
+                ignore_eos=True,
+            )
+            source = EngineRequest(
+                request_id=f"warm-up-{sampled}-{i}",
+                prompt_token_ids=[token % vocab_size for token in range(length)],
+                params=params,
+                arrived_ns=0,
+            )
+            scheduler.add(Request(source))
+        while scheduler.has_work:
+            plan = scheduler.schedule()
+            scheduler.update(plan, runner.execute(plan, None).token_ids)

@@ -1,0 +1,253 @@
+"""The process of one rank: builds what its RankConfig says, reports Ready, serves until told.
+
+Run as `python -m pdrelay.engine.worker` by the launcher, with the configuration on standard input.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import socket
+import sys
+import traceback
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from pdrelay.core.block_manager import BlockManager
+from pdrelay.core.channel import Channel
+from pdrelay.core.clock import monotonic_ns
+from pdrelay.core.kv_layout import KVLayout
+from pdrelay.core.messages import Fatal, Ready, Role, ToWorker
+from pdrelay.core.rank_config import RankConfig, read_rank_config
+from pdrelay.core.scheduler import Scheduler, SchedulerConfig
+from pdrelay.engine.communicator import Communicator, GlooCommunicator, SingleCommunicator
+from pdrelay.engine.consumer import Consumer
+from pdrelay.engine.loop import EngineLoop
+from pdrelay.engine.models.registry import CausalLM, build_model
+from pdrelay.engine.outbox import Outbox
+from pdrelay.engine.producer import Producer
+from pdrelay.engine.runner import ModelRunner, forward
+from pdrelay.engine.tp_link import Follower, Leader
+from pdrelay.engine.warmup import warm_up
+from pdrelay.errors import LaunchError, PdrelayError
+from pdrelay.model.config import ModelConfig, kv_layout, load_model_config
+from pdrelay.transport.base import Transport
+from pdrelay.transport.checksum import checksum
+from pdrelay.transport.pages import SharedPages
+from pdrelay.transport.registry import TransportOptions, create_transport
+
+_TP_TIMEOUT_S = 60.0
+
+
+@dataclass
+class Rank:
+    """What every rank holds, leader or not."""
+
+    config: RankConfig
+    model_config: ModelConfig
+    layout: KVLayout
+    pages: SharedPages
+    kv_pool: torch.Tensor
+    model: CausalLM
+
+
+def build_rank(config: RankConfig, communicator: Communicator) -> Rank:
+    """Load weights and map the KV pool. Raises ModelError."""
+    model_config = load_model_config(config.model)
+    layout = kv_layout(
+        model_config, config.block_size, config.num_blocks, config.dtype, config.world_size
+    )
+    pages = SharedPages.create(layout)
+    dtype = getattr(torch, config.dtype)
+    kv_pool = torch.frombuffer(pages.buffer, dtype=dtype).view(layout.shape)
+    model = build_model(
+        config.model,
+        model_config,
+        load_format=config.load_format,
+        seed=config.seed,
+        dtype=dtype,
+        device=torch.device(config.device),
+        communicator=communicator,
+    )
+    return Rank(config, model_config, layout, pages, kv_pool, model)
+
+
+def _rendezvous_path(config: RankConfig, what: str) -> str:
+    return os.path.join(config.run_dir, f"{config.instance}.{config.incarnation}.{what}")
+
+
+def _communicator(config: RankConfig) -> Communicator:
+    if config.world_size == 1:
+        return SingleCommunicator()
+    return GlooCommunicator(
+        rank=config.rank,
+        world_size=config.world_size,
+        store_path=_rendezvous_path(config, "gloo"),
+        timeout_s=_TP_TIMEOUT_S,
+    )
+
+
+def follow(config: RankConfig) -> None:
+    """Rank 1..: compute what rank 0 sends until it is gone."""
+    communicator = _communicator(config)
+    rank = build_rank(config, communicator)
+    communicator.barrier()
+    follower = Follower(_rendezvous_path(config, "tp"))
+    _settle()
+    with torch.inference_mode():
+        while (batch := follower.next_batch()) is not None:
+            forward(rank.model, rank.kv_pool, batch, None)
+    follower.close()
+
+
+def _transport(config: RankConfig, pages: SharedPages) -> Transport | None:
+    if not config.transport:
+        return None
+    options = TransportOptions(
+        timeout_s=config.kv_transfer_timeout_s,
+        pool=config.pool,
+        pool_fd=config.pool_fd,
+        instance_index=config.instance_index,
+    )
+    return create_transport(config.transport, pages, config.instance, options)
+
+
+def lead(config: RankConfig, control: Channel[ToWorker]) -> None:
+    """Rank 0: build everything, report Ready, run the loop."""
+    followers = config.world_size - 1
+    leader = Leader(_rendezvous_path(config, "tp"), followers, _TP_TIMEOUT_S) if followers else None
+    communicator = _communicator(config)
+    rank = build_rank(config, communicator)
+    communicator.barrier()
+    if leader is not None:
+        leader.accept()
+    transport = _transport(config, rank.pages)
+    scheduler_config = SchedulerConfig(
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        block_size=config.block_size,
+    )
+    scheduler = Scheduler(
+        scheduler_config,
+        BlockManager(config.num_blocks, enable_prefix_caching=config.enable_prefix_caching),
+        transport.prefix_store if transport is not None else None,
+    )
+    runner = ModelRunner(
+        rank.model, rank.kv_pool, config.block_size, leader.broadcast if leader else None
+    )
+    warm_up(
+        runner,
+        scheduler_config,
+        num_blocks=config.num_blocks,
+        vocab_size=rank.model_config.vocab_size,
+        max_model_len=config.max_model_len,
+    )
+    outbox = Outbox()
+    producer, consumer = _peers(rank, transport, scheduler, outbox)
+    loop = EngineLoop(
+        instance=config.instance,
+        scheduler=scheduler,
+        runner=runner,
+        control=control,
+        outbox=outbox,
+        producer=producer,
+        consumer=consumer,
+        transport=transport,
+        clock=monotonic_ns,
+    )
+    control.send(_ready(rank))
+    _settle()
+    try:
+        loop.run()
+    finally:
+        for part in (producer, consumer, transport, leader):
+            if part is not None:
+                part.close()
+
+
+def _peers(
+    rank: Rank, transport: Transport | None, scheduler: Scheduler, outbox: Outbox
+) -> tuple[Producer | None, Consumer | None]:
+    config = rank.config
+    if transport is None or config.role is Role.BOTH:
+        return None, None
+    verify = partial(checksum, rank.pages, mode=config.verify)
+    if config.role is Role.PREFILL:
+        producer = Producer(
+            instance=config.instance,
+            transport=transport,
+            scheduler=scheduler,
+            outbox=outbox,
+            num_layers=rank.layout.num_layers,
+            checksum=verify,
+            timeout_s=config.kv_transfer_timeout_s,
+            clock=monotonic_ns,
+        )
+        return producer, None
+    consumer = Consumer(
+        instance=config.instance,
+        address=config.peer_address,
+        transport=transport,
+        scheduler=scheduler,
+        outbox=outbox,
+        layout=rank.layout,
+        checksum=verify,
+        clock=monotonic_ns,
+    )
+    return None, consumer
+
+
+def _ready(rank: Rank) -> Ready:
+    from pdrelay.engine import kernels
+
+    config = rank.config
+    return Ready(
+        instance=config.instance,
+        role=config.role,
+        pid=os.getpid(),
+        layout=rank.layout,
+        peer_address=config.peer_address,
+        max_model_len=config.max_model_len,
+        transport=config.transport,
+        resolved={
+            "device": config.device,
+            "dtype": config.dtype,
+            "kernels": kernels.describe(),
+            "torch": torch.__version__,
+        },
+    )
+
+
+def _settle() -> None:
+    """Everything alive now stays: keep the collector from walking it in the middle of a step."""
+    gc.collect()
+    gc.freeze()
+
+
+def main() -> int:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front door decides when to stop
+    config = read_rank_config(sys.stdin.buffer)
+    torch.set_num_threads(config.num_threads)
+    torch.manual_seed(config.seed)
+    if config.rank > 0:
+        follow(config)
+        return 0
+    control: Channel[ToWorker] = Channel(socket.socket(fileno=config.control_fd), ToWorker)
+    try:
+        lead(config, control)
+    except PdrelayError as error:
+        control.send(Fatal(str(error)))
+        print(f"pdrelay worker {config.instance}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, LaunchError) else 1
+    except Exception as error:  # the last word to the front door before the process ends
+        traceback.print_exc()
+        control.send(Fatal(f"{type(error).__name__}: {error}".splitlines()[0]))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import os
+import socket
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from pdrelay.core.channel import Channel
+from pdrelay.core.framing import MAX_FRAME_BYTES, FrameCodec
+from pdrelay.core.messages import Abort, Ping, ToWorker
+from pdrelay.errors import ProtocolError
+
+
+@given(st.lists(st.integers(0, 2**31), max_size=8), st.data())
+def test_any_cut_of_the_stream_gives_the_same_messages(nonces, data):
+    codec = FrameCodec(ToWorker)
+    stream = b"".join(codec.encode(Ping(n)) for n in nonces)
+    received = []
+    while stream:
+        cut = data.draw(st.integers(1, len(stream)))
+        received += codec.feed(stream[:cut])
+        stream = stream[cut:]
+    assert [m.nonce for m in received] == nonces
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        (MAX_FRAME_BYTES + 1).to_bytes(4, "little") + b"x",
+        b"\x03\x00\x00\x00abc",
+        b"\x01\x00\x00\x00\xc0",
+    ],
+)
+def test_hostile_frames_are_protocol_errors(frame):
+    with pytest.raises(ProtocolError):
+        FrameCodec(ToWorker).feed(frame)
+
+
+def channel_pair():
+    left, right = socket.socketpair()
+    return Channel(left, ToWorker), Channel(right, ToWorker)
+
+
+def test_channel_carries_more_than_the_socket_holds():
+    left, right = channel_pair()
+    sent = [Abort("x" * 200_000, str(i)) for i in range(200)]
+    received = []
+    for message in sent:
+        left.send(message)
+    assert left.has_pending
+    while len(received) < len(sent):
+        left.flush()
+        received += right.receive()
+    assert received == sent
+    assert not left.has_pending
+
+
+def test_channel_sees_the_other_end_close():
+    left, right = channel_pair()
+    left.send(Ping(7))
+    left.close()
+    assert right.receive() == [Ping(7)]
+    right.receive()
+    assert right.closed
+    right.send(Ping(8))
+
+
+def test_channel_passes_descriptors():
+    left, right = channel_pair()
+    read_end, write_end = os.pipe()
+    left.send(Ping(1), (write_end,))
+    os.close(write_end)
+    assert right.receive() == [Ping(1)]
+    (received,) = right.received_fds
+    os.write(received, b"hello")
+    assert os.read(read_end, 5) == b"hello"
+    os.close(received)
+    os.close(read_end)
