@@ -47,7 +47,11 @@ class Channel(Generic[T]):
         frame = self._codec.encode(message)
         if fds:
             assert not self._pending
-            sent = socket.send_fds(self._sock, [frame], list(fds))
+            try:
+                sent = socket.send_fds(self._sock, [frame], list(fds))
+            except OSError:
+                self.closed = True
+                return
             self._pending += frame[sent:]
             return
         self._pending += frame

@@ -9,6 +9,7 @@ from __future__ import annotations
 import resource
 import selectors
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 from pdrelay.core.channel import Channel
@@ -31,7 +32,7 @@ from pdrelay.core.scheduler import NewToken, Scheduler, StepPlan
 from pdrelay.engine.consumer import Consumer
 from pdrelay.engine.outbox import Outbox
 from pdrelay.engine.producer import Producer
-from pdrelay.engine.runner import StepTokens
+from pdrelay.engine.step import StepTokens
 from pdrelay.transport.base import Transport
 
 STATS_INTERVAL_NS = 100_000_000
@@ -157,7 +158,7 @@ class EngineLoop:
             return bool(plan.reservations)
         start_ns = self._clock()
         self._note_start(plan, start_ns)
-        step = self._runner.execute(plan, self._between_layers(plan))
+        step = self._execute(plan)
         end_ns = self._clock()
         self._note_prefill_end(plan, end_ns)
         self._note_prompt_logprobs(plan, step)
@@ -168,17 +169,16 @@ class EngineLoop:
         self._stats_dirty = True
         return True
 
-    def _between_layers(self, plan: StepPlan) -> Callable[[int], None] | None:
-        """A producer sends each layer as it is written, and hears of new slots meanwhile."""
+    def _execute(self, plan: StepPlan) -> StepTokens:
+        """Run the step; a producer sends each layer as it is written."""
         producer = self._producer
         if producer is None:
-            return None
-
-        def after_layer(layer: int) -> None:
-            producer.poll_slots()
-            producer.after_layer(plan, layer)
-
-        return after_layer
+            return self._runner.execute(plan, None)
+        producer.begin_step()
+        try:
+            return self._runner.execute(plan, partial(producer.after_layer, plan))
+        finally:
+            producer.end_step()
 
     def _emit(self, token: NewToken, logprobs: TokenLogprobs | None) -> None:
         request = token.request

@@ -92,6 +92,8 @@ class Producer:
         self._block_size = scheduler.config.block_size
         self._peers: dict[str, Peer] = {}  # by address
         self._outgoing: dict[str, Outgoing] = {}
+        self._in_step = False
+        self._to_finish: list[Request] = []  # given up while a step computes on their blocks
         self.bytes_sent = 0
         self.failures = 0
 
@@ -135,8 +137,21 @@ class Producer:
 
     # ---- during and after a step
 
+    def begin_step(self) -> None:
+        """Until `end_step`, requests that are given up keep their blocks: the step uses them."""
+        self._in_step = True
+
+    def end_step(self) -> None:
+        self._in_step = False
+        for request in self._to_finish:
+            self._scheduler.finish(request)
+        self._to_finish.clear()
+
     def after_layer(self, plan: StepPlan, layer: int) -> None:
-        """Layer `layer` of all the plan's chunks is written: send the blocks it completes."""
+        """Layer `layer` of all the plan's chunks is written: send the blocks it completes, also
+        into slots that consumers reserved meanwhile."""
+        for peer in list(self._peers.values()):
+            self._read(peer)
         for chunk in plan.chunks:
             outgoing = self._outgoing.get(chunk.request.request_id)
             if outgoing is None:
@@ -159,11 +174,6 @@ class Producer:
         outgoing = self._outgoing.get(request.request_id)
         if outgoing is not None:
             self._drop(outgoing, cancel="finished with the first token")
-
-    def poll_slots(self) -> None:
-        """Between layers: hear of slots that consumers reserved meanwhile."""
-        for peer in list(self._peers.values()):
-            self._read(peer)
 
     def poll(self) -> None:
         """Read what consumers say and what links report; enforce deadlines."""
@@ -328,7 +338,10 @@ class Producer:
             outgoing.peer.link.abort(request_id)
         if cancel is not None:
             outgoing.peer.channel.send(Cancel(request_id, cancel))
-        self._scheduler.finish(outgoing.request)
+        if self._in_step:
+            self._to_finish.append(outgoing.request)
+        else:
+            self._scheduler.finish(outgoing.request)
 
     def _fail(self, outgoing: Outgoing, error: RequestError) -> None:
         if outgoing.request.request_id not in self._outgoing:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,17 +13,9 @@ from pdrelay.engine.attention.context import DecodeSegment, ForwardContext, Pref
 from pdrelay.engine.batch import BatchInput, build_batch, wants_prompt_logprobs
 from pdrelay.engine.models.registry import CausalLM
 from pdrelay.engine.sampler import SamplingRow, sample, token_logprobs
+from pdrelay.engine.step import StepTokens
 
 LayerHook = Callable[[int], None]
-
-
-@dataclass(frozen=True)
-class StepTokens:
-    """What a step computed. `token_ids[i]` and `logprobs[i]` belong to sampling chunk i."""
-
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs | None]
-    prompt_logprobs: dict[str, list[TokenLogprobs]]  # of the chunk's tokens but position 0
 
 
 def _int64(data: bytes) -> torch.Tensor:
