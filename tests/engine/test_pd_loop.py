@@ -141,6 +141,8 @@ def test_prefix_hits_on_the_consumer_move_only_what_is_missing(kit):
 def test_events_tell_the_life_in_order(kit):
     prefill, decode, address = make_pair(kit)
     door = FrontDoor(prefill, decode)
+    door.relay(prefill, decode, address, door.request("first", [1, 2], 2))  # the link stands now
+    door.finish("first")
     gate = Gate(prefill.runner, 2)
     door.relay(prefill, decode, address, door.request("a", list(range(40)), 3))
     assert gate.reached.wait(20)

@@ -1,0 +1,228 @@
+"""`pdrelay serve` as a process, over stub workers: what it prints, answers, and leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+PROGRAM = str(Path(__file__).with_name("stub_front_door.py"))
+DEADLINE_S = 20.0
+
+
+def until(condition, what):
+    end = time.monotonic() + DEADLINE_S
+    while not (value := condition()):
+        assert time.monotonic() < end, f"never: {what}"
+        time.sleep(0.01)
+    return value
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+class Serve:
+    def __init__(self, tmp_path, *args, mode="") -> None:
+        self.ready_file = tmp_path / "ready.json"
+        self.temporary = Path(tempfile.mkdtemp(prefix="t"))  # short: it holds Unix sockets
+        self.process = subprocess.Popen(
+            [
+                *(sys.executable, PROGRAM, "tiny", "--port", "0", "--allow-oversubscribe"),
+                *("--ready-file", str(self.ready_file), *args),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "STUB_MODE": mode, "TMPDIR": str(self.temporary)},
+        )
+        self.info = {}
+
+    def wait_ready(self):
+        until(lambda: self.ready_file.exists() or self.process.poll() is not None, "ready")
+        assert self.process.poll() is None, self.process.stdout.read()
+        self.info = json.loads(self.ready_file.read_text())
+        return self
+
+    @property
+    def worker_pids(self):
+        return [pid for worker in self.info["workers"] for pid in worker["pids"]]
+
+    def request(self, path, body=None):
+        request = urllib.request.Request(self.info["url"] + path, data=body)
+        try:
+            with urllib.request.urlopen(request, timeout=DEADLINE_S) as response:
+                return response.status, json.loads(response.read())
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def stop(self, *signals):
+        for number in signals:
+            self.process.send_signal(number)
+        output, _ = self.process.communicate(timeout=DEADLINE_S)
+        return self.process.returncode, output
+
+    def nothing_left(self):
+        assert not any(alive(pid) for pid in self.worker_pids)
+        assert list(self.temporary.iterdir()) == []
+        assert not self.ready_file.exists()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.communicate()
+        self.process.stdout.close()
+        shutil.rmtree(self.temporary)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signal_ends_it_and_leaves_nothing(tmp_path, number):
+    with Serve(tmp_path, "--prefill", "1", "--decode", "1") as serve:
+        serve.wait_ready()
+        assert [worker["instance"] for worker in serve.info["workers"]] == ["prefill-0", "decode-0"]
+        assert serve.request("/health") == (200, {})
+        assert len(list(serve.temporary.iterdir())) == 1
+        status, output = serve.stop(number)
+        assert status == 0, output
+        assert f"pdrelay is ready: {serve.info['url']}" in output
+        assert "Traceback" not in output
+        serve.nothing_left()
+
+
+def test_sigkill_of_the_front_door_takes_the_ranks(tmp_path):
+    with Serve(tmp_path, "--tp", "2", mode="ignore-term") as serve:
+        serve.wait_ready()
+        os.kill(serve.process.pid, signal.SIGKILL)
+        serve.process.wait(DEADLINE_S)
+        assert len(serve.worker_pids) == 2
+        until(lambda: not any(alive(pid) for pid in serve.worker_pids), "ranks die")
+
+
+def test_drain_lets_running_requests_finish(tmp_path):
+    with Serve(tmp_path, mode="hold@replica-0#0") as serve:
+        serve.wait_ready()
+        answers = []
+        client = threading.Thread(
+            target=lambda: answers.append(serve.request("/echo", b"[1, 2, 3]"))
+        )
+        client.start()
+        until(lambda: _connections(serve) > 0, "the request arrives")
+        serve.process.send_signal(signal.SIGTERM)
+        until(lambda: not _accepts(serve), "no new connection is taken")
+        assert serve.process.poll() is None, "it did not wait for the request"
+        assert alive(serve.worker_pids[0])
+        status, _ = serve.stop(signal.SIGTERM)  # the second one ends it
+        client.join(DEADLINE_S)
+        assert status == 0
+        assert answers[0][0] == 503
+        serve.nothing_left()
+
+
+def _connections(serve):
+    port = f"{int(serve.info['url'].rsplit(':', 1)[1]):04X}"
+    table = Path(f"/proc/{serve.process.pid}/net/tcp").read_text().splitlines()[1:]
+    rows = [line.split() for line in table]
+    return sum(row[1].endswith(":" + port) and row[3] == "01" for row in rows)
+
+
+def _accepts(serve):
+    host, port = serve.info["url"].removeprefix("http://").rsplit(":", 1)
+    try:
+        socket.create_connection((host, int(port)), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+def test_drain_deadline_ends_a_stuck_request(tmp_path):
+    with Serve(tmp_path, "--drain-timeout", "0.2", mode="hold") as serve:
+        serve.wait_ready()
+        client = threading.Thread(target=lambda: _quietly(serve))
+        client.start()
+        until(lambda: _connections(serve) > 0, "the request arrives")
+        status, _ = serve.stop(signal.SIGTERM)
+        client.join(DEADLINE_S)
+        assert status == 0
+        serve.nothing_left()
+
+
+def _quietly(serve):
+    try:
+        serve.request("/echo", b"[1]")
+    except OSError:
+        pass
+
+
+def test_request_is_answered_and_a_killed_worker_comes_back(tmp_path):
+    with Serve(tmp_path) as serve:
+        serve.wait_ready()
+        assert serve.request("/echo", b"[5, 6]") == (200, [5, 6])
+        os.kill(serve.worker_pids[0], signal.SIGKILL)
+        until(lambda: serve.request("/health")[0] == 503, "/health tells")
+        until(lambda: serve.request("/health")[0] == 200, "/health recovers")
+        assert serve.request("/echo", b"[7]") == (200, [7])
+        assert serve.stop(signal.SIGTERM)[0] == 0
+
+
+def test_signal_while_starting(tmp_path):
+    with Serve(tmp_path, mode="hang") as serve:
+        until(lambda: list(serve.temporary.glob("pdrelay-*")), "it runs")
+        line = serve.process.stdout.readline()
+        while "starts" not in line:
+            line = serve.process.stdout.readline()
+        status, output = serve.stop(signal.SIGINT)
+        assert status == 0, output
+        assert list(serve.temporary.iterdir()) == []
+
+
+@pytest.mark.parametrize("mode", ["exit", "fatal"])
+def test_failed_start_is_one_line_and_status_2(tmp_path, mode):
+    with Serve(tmp_path, "--replicas", "2", mode=mode) as serve:
+        output, _ = serve.process.communicate(timeout=DEADLINE_S)
+        assert serve.process.returncode == 2
+        errors = [line for line in output.splitlines() if line.startswith("pdrelay: error:")]
+        assert len(errors) == 1
+        assert "replica-" in errors[0]
+        assert "Traceback" not in output
+        assert list(serve.temporary.iterdir()) == []
+
+
+def test_occupied_port_is_found_before_any_worker_starts(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with Serve(tmp_path, "--port", str(port)) as serve:
+            output, _ = serve.process.communicate(timeout=DEADLINE_S)
+            assert serve.process.returncode == 2
+            assert f"port {port} on 127.0.0.1 is in use" in output
+            assert "--port" in output
+            assert "stub" not in output
+
+
+def test_two_servers_side_by_side(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    with Serve(tmp_path / "a") as one, Serve(tmp_path / "b") as two:
+        one.wait_ready()
+        two.wait_ready()
+        assert one.info["url"] != two.info["url"]
+        assert one.stop(signal.SIGTERM)[0] == 0
+        assert two.request("/health")[0] == 200
+        assert two.stop(signal.SIGTERM)[0] == 0
