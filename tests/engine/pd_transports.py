@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 
 from pdrelay.engine.fake_runner import fake_layout
+from pdrelay.transport.pool import create_pool
 from pdrelay.transport.registry import TransportOptions, create_transport
 
 TRANSPORTS = ["mapped", "tcp", "pool"]
 
 
 class TransportKit:
+    """Makes the transport of each instance, and plays the launcher's part for `pool`."""
+
     def __init__(self, name: str, directory: Path) -> None:
         self.name = name
         self.directory = str(directory)
-        self.layer_wise = name in ("mapped", "tcp")
-        self._stack = contextlib.ExitStack()
+        self._pool = create_pool(fake_layout(), 128) if name == "pool" else None
         self._indices: dict[str, int] = {}
 
     def factory(self, pages, instance):
-        index = self._indices.setdefault(instance, len(self._indices))
-        options = TransportOptions(timeout_s=5.0, instance_index=index)
+        options = TransportOptions(
+            timeout_s=5.0,
+            instance_index=self._indices.setdefault(instance, len(self._indices)),
+            pool=self._pool.description if self._pool else b"",
+            pool_fd=self._pool.fd if self._pool else -1,
+        )
         return create_transport(self.name, pages, instance, options)
 
     def reclaim(self, instance):
-        pass
+        """What the launcher does after an instance died."""
+        if self._pool is not None:
+            self._pool.reclaim(self._indices[instance.name])
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exc):
-        self._stack.close()
+        if self._pool is not None:
+            self._pool.close()

@@ -14,11 +14,19 @@ A transport knows pages, not schedules. The engine drives it from one thread per
 
 Rules every transport keeps (tests/transport/conformance):
 - `send` may return before the bytes are read; source pages stay untouched until `Sent`.
-- `commit` tells the consumer how many (layer, block) pages were sent; `Arrived` follows when
-  exactly those are in its pages. It comes over the engine's control link, so it may overtake data.
+- `commit` follows `Sent` and tells the consumer how many (layer, block) pages were sent: all that
+  it expects, or the transfer fails. `Arrived` follows when exactly those are in its pages, bit for
+  bit what the producer's pages held. It comes over the engine's control link, so it may overtake
+  data.
 - `abort` is idempotent on both sides, and after the producer's `abort` returned, it stores nothing
-  more into the consumer's pages. The consumer's late data for an aborted transfer is discarded.
-- Nothing blocks longer than a copy: a stalled peer shows as `TransferFailed` after the deadline.
+  more into the consumer's pages. The consumer's late data for an aborted transfer is discarded:
+  after the consumer's `abort` returned, no thread of its own writes the blocks.
+- Each transfer ends in one `Sent` and one `Arrived`, or in `TransferFailed`; after `abort` no news
+  of it is made (what was made before may still be polled). Unknown ids are ignored by `commit` and
+  `abort`, refused with TransportError by `send` and `finish`.
+- Nothing blocks longer than a copy: a stalled peer shows as `TransferFailed` after the deadline
+  (of the producer: no progress; of the consumer: from `commit` on, as prefill may take its time).
+- The fds of `descriptor()` stay the transport's; `connect` owns those it is given, in every case.
 - No pickle; descriptors are msgpack.
 """
 
@@ -138,7 +146,10 @@ class Transport(Protocol):
     def expect(
         self, transfer_id: str, first_block: int, blocks: Sequence[int], keys: Sequence[bytes]
     ) -> None:
-        """Request blocks `first_block ..` will arrive in local `blocks`. `keys` is for all blocks."""
+        """Request blocks `first_block ..` will arrive in local `blocks`.
+
+        `keys` names all blocks of the request, as in `begin`.
+        """
 
     def commit(self, transfer_id: str, num_pages: int) -> None: ...
 

@@ -6,6 +6,7 @@ a process dies; a peer maps it through the file descriptor it is handed.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import tempfile
@@ -15,13 +16,21 @@ import numpy as np
 from pdrelay.core.kv_layout import KVLayout
 
 
-def _anonymous_file(num_bytes: int) -> int:
+def anonymous_file(num_bytes: int, label: str) -> int:
+    """An fd of `num_bytes` zeros without a name; `label` shows in /proc only.
+
+    Raises OSError. Memory is taken page by page, when first written.
+    """
     if hasattr(os, "memfd_create"):
-        fd = os.memfd_create("pdrelay-kv", os.MFD_CLOEXEC)
+        fd = os.memfd_create(label, os.MFD_CLOEXEC)
     else:
         with tempfile.TemporaryFile() as file:
             fd = os.dup(file.fileno())
-    os.ftruncate(fd, num_bytes)
+    try:
+        os.ftruncate(fd, num_bytes)
+    except OSError:
+        os.close(fd)
+        raise
     return fd
 
 
@@ -42,7 +51,7 @@ class SharedPages:
 
     @classmethod
     def create(cls, layout: KVLayout) -> SharedPages:
-        return cls(layout, _anonymous_file(layout.total_bytes))
+        return cls(layout, anonymous_file(layout.total_bytes, "pdrelay-kv"))
 
     @property
     def buffer(self) -> mmap.mmap:
@@ -52,8 +61,7 @@ class SharedPages:
     def close(self) -> None:
         """Drop the mapping. Views that others still hold keep it alive until they go."""
         self.array = np.empty((0, 0, 0), dtype=np.uint8)
-        try:
+        # A torch tensor may still export it: then the kernel frees it with the process.
+        with contextlib.suppress(BufferError):
             self._map.close()
-        except BufferError:
-            pass  # a torch tensor still exports it; the kernel frees it with the process
         os.close(self.fd)

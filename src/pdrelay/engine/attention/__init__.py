@@ -1,0 +1,15 @@
+"""Attention over paged KV: one interface, several backends."""
+
+from __future__ import annotations
+
+from pdrelay.engine.attention.base import AttentionBackend, AttentionShape, select_attention
+from pdrelay.engine.attention.context import DecodeSegment, ForwardContext, PrefillSegment
+
+__all__ = [
+    "AttentionBackend",
+    "AttentionShape",
+    "DecodeSegment",
+    "ForwardContext",
+    "PrefillSegment",
+    "select_attention",
+]

@@ -1,0 +1,132 @@
+"""What tensor-parallel ranks say to each other in a forward pass.
+
+Every rank makes the same calls in the same order with the same shapes.
+"""
+
+from __future__ import annotations
+
+import threading
+from datetime import timedelta
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from pdrelay.errors import LaunchError
+
+
+class Communicator(Protocol):
+    rank: int
+    world_size: int
+
+    def all_reduce_(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, in place; returns x. The same bits on every rank."""
+
+    def all_gather_last_dim(self, x: torch.Tensor) -> torch.Tensor:
+        """[.., n] of every rank, in rank order: [.., world_size * n], on every rank."""
+
+    def barrier(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class SingleCommunicator:
+    """One rank: nothing to say."""
+
+    rank = 0
+    world_size = 1
+
+    def all_reduce_(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def all_gather_last_dim(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def barrier(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class GlooCommunicator:
+    """Ranks of one host through torch.distributed's gloo, on the loopback interface."""
+
+    def __init__(self, *, rank: int, world_size: int, store_path: str, timeout_s: float) -> None:
+        """Meet the other ranks at `store_path`, a file that no earlier group has used.
+
+        Raises LaunchError when they do not come before the deadline.
+        """
+        self.rank = rank
+        self.world_size = world_size
+        timeout = timedelta(seconds=timeout_s)
+        try:
+            store = dist.FileStore(store_path, world_size)
+            store.set_timeout(timeout)
+            device = dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")
+            options = dist.ProcessGroupGloo._Options()
+            options._devices = [device]
+            options._timeout = timeout
+            self._group = dist.ProcessGroupGloo(store, rank, world_size, options)
+            self.barrier()
+        except RuntimeError as error:
+            raise LaunchError(
+                f"tensor-parallel rank {rank} did not meet its {world_size - 1} peers within "
+                f"{timeout_s:g} s: see their logs"
+            ) from error
+
+    def all_reduce_(self, x: torch.Tensor) -> torch.Tensor:
+        self._group.allreduce([x]).wait()
+        return x
+
+    def all_gather_last_dim(self, x: torch.Tensor) -> torch.Tensor:
+        parts = [torch.empty_like(x) for _ in range(self.world_size)]
+        self._group.allgather([parts], [x]).wait()
+        return torch.cat(parts, dim=-1)
+
+    def barrier(self) -> None:
+        self._group.barrier().wait()
+
+    def close(self) -> None:
+        del self._group
+
+
+class ThreadGroup:
+    """Ranks as threads of one process, for tests: `group.rank(r)` is rank r's communicator."""
+
+    def __init__(self, world_size: int, timeout_s: float = 30.0) -> None:
+        self.world_size = world_size
+        self._barrier = threading.Barrier(world_size, timeout=timeout_s)
+        self._parts: list[torch.Tensor | None] = [None] * world_size
+
+    def rank(self, rank: int) -> ThreadCommunicator:
+        return ThreadCommunicator(self, rank)
+
+    def exchange(self, rank: int, x: torch.Tensor) -> list[torch.Tensor]:
+        """Everyone's tensor, in rank order."""
+        self._parts[rank] = x.clone()
+        self._barrier.wait()
+        parts = [part for part in self._parts if part is not None]
+        assert len(parts) == self.world_size
+        self._barrier.wait()
+        return parts
+
+
+class ThreadCommunicator:
+    def __init__(self, group: ThreadGroup, rank: int) -> None:
+        self._group = group
+        self.rank = rank
+        self.world_size = group.world_size
+
+    def all_reduce_(self, x: torch.Tensor) -> torch.Tensor:
+        parts = self._group.exchange(self.rank, x)
+        return x.copy_(torch.stack(parts).sum(dim=0))
+
+    def all_gather_last_dim(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat(self._group.exchange(self.rank, x), dim=-1)
+
+    def barrier(self) -> None:
+        self._group.exchange(self.rank, torch.empty(0))
+
+    def close(self) -> None:
+        pass
