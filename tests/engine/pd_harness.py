@@ -34,6 +34,7 @@ from pdrelay.engine.consumer import Consumer
 from pdrelay.engine.fake_runner import FakeRunner, fake_layout
 from pdrelay.engine.loop import EngineLoop
 from pdrelay.engine.outbox import Outbox
+from pdrelay.engine.prefix_writer import PrefixWriter
 from pdrelay.engine.producer import Producer
 from pdrelay.transport.checksum import checksum
 from pdrelay.transport.pages import SharedPages
@@ -80,6 +81,9 @@ class Instance:
             self.producer = Producer(num_layers=layout.num_layers, timeout_s=timeout_s, **shared)
         elif name.startswith("decode"):
             self.consumer = Consumer(address=address, layout=layout, **shared)
+        self.prefix_writer = None
+        if self.transport and self.transport.prefix_store and name.startswith("replica"):
+            self.prefix_writer = PrefixWriter(self.transport, layout)
         ours, theirs = socket.socketpair()
         self.control: Channel[FromWorker] = Channel(ours, FromWorker)
         self.loop = EngineLoop(
@@ -92,6 +96,7 @@ class Instance:
             consumer=self.consumer,
             transport=self.transport,
             clock=monotonic_ns,
+            prefix_writer=self.prefix_writer,
         )
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -103,7 +108,7 @@ class Instance:
         except BaseException as error:
             self.error = error
         finally:
-            for part in (self.producer, self.consumer, self.transport):
+            for part in (self.producer, self.consumer, self.prefix_writer, self.transport):
                 if part is not None:
                     part.close()
             self.loop._control.close()

@@ -31,6 +31,7 @@ from pdrelay.core.request import Request
 from pdrelay.core.scheduler import NewToken, Scheduler, StepPlan
 from pdrelay.engine.consumer import Consumer
 from pdrelay.engine.outbox import Outbox
+from pdrelay.engine.prefix_writer import PrefixWriter
 from pdrelay.engine.producer import Producer
 from pdrelay.engine.step import StepTokens
 from pdrelay.transport.base import Transport
@@ -58,6 +59,7 @@ class EngineLoop:
         consumer: Consumer | None,
         transport: Transport | None,
         clock: Clock,
+        prefix_writer: PrefixWriter | None = None,
     ) -> None:
         self._instance = instance
         self._scheduler = scheduler
@@ -68,6 +70,7 @@ class EngineLoop:
         self._consumer = consumer
         self._transport = transport
         self._clock = clock
+        self._prefix_writer = prefix_writer
         self._draining = False
         self._stats = WorkerStats()
         self._stats_sent_ns = 0
@@ -191,6 +194,8 @@ class EngineLoop:
         if request.num_output_tokens == 1:
             output.num_cached_tokens = request.num_cached_tokens
             output.prompt_logprobs = self._prompt_logprobs.pop(request.request_id, None)
+            if self._prefix_writer is not None and token.finish_reason is None:
+                self._prefix_writer.prefill_done(request)
         self._stats.num_generated_tokens += 1
         if self._producer is None:
             return

@@ -43,13 +43,13 @@ class WeightSource(Protocol):
         """
 
 
-def open_weights(model: str, config: ModelConfig, load_format: str, seed: int) -> WeightSource:
+def open_weights(model: str, load_format: str, seed: int) -> WeightSource:
     """`load_format` "dummy" is the seeded weights; "auto" reads files, unless the shape is
     built in. Raises ModelError.
     """
     assert load_format in ("auto", "dummy")
     if load_format == "dummy" or is_built_in(model):
-        return DummyWeights(config, seed)
+        return DummyWeights(seed)
     return SafetensorsWeights(Path(model))
 
 
@@ -170,8 +170,7 @@ class DummyWeights:
     cut their part out of it.
     """
 
-    def __init__(self, config: ModelConfig, seed: int) -> None:
-        self._tied = config.tie_word_embeddings
+    def __init__(self, seed: int) -> None:
         self._seed = seed
 
     def tensor(
@@ -189,10 +188,7 @@ class DummyWeights:
         values = torch.randn(shape, generator=generator, dtype=torch.float32)
         if name.endswith(".bias"):
             return values.mul_(0.02)
-        if name == EMBEDDING and not self._tied:
-            return values
-        # A tied embedding is the output projection too, which sets the scale of the logits.
-        return values.mul_(shape[-1] ** -0.5)
+        return values if name == EMBEDDING else values.mul_(shape[-1] ** -0.5)
 
 
 def save_pretrained_dummy(
@@ -203,7 +199,7 @@ def save_pretrained_dummy(
     most `max_shard_bytes` (one tensor at least). The tokenizer is not written.
     """
     config = load_model_config(model)
-    source = DummyWeights(config, seed)
+    source = DummyWeights(seed)
     dtype = getattr(torch, config.dtype)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(to_hf_config(config), indent=2) + "\n")

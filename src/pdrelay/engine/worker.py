@@ -28,6 +28,7 @@ from pdrelay.engine.consumer import Consumer
 from pdrelay.engine.loop import EngineLoop
 from pdrelay.engine.models.registry import CausalLM, build_model
 from pdrelay.engine.outbox import Outbox
+from pdrelay.engine.prefix_writer import PrefixWriter
 from pdrelay.engine.producer import Producer
 from pdrelay.engine.runner import ModelRunner, forward
 from pdrelay.engine.tp_link import Follower, Leader
@@ -147,6 +148,9 @@ def lead(config: RankConfig, control: Channel[ToWorker]) -> None:
     )
     outbox = Outbox()
     producer, consumer = _peers(rank, transport, scheduler, outbox)
+    prefix_writer = None
+    if config.role is Role.BOTH and transport is not None and transport.prefix_store is not None:
+        prefix_writer = PrefixWriter(transport, rank.layout)
     loop = EngineLoop(
         instance=config.instance,
         scheduler=scheduler,
@@ -157,13 +161,14 @@ def lead(config: RankConfig, control: Channel[ToWorker]) -> None:
         consumer=consumer,
         transport=transport,
         clock=monotonic_ns,
+        prefix_writer=prefix_writer,
     )
     control.send(_ready(rank))
     _settle()
     try:
         loop.run()
     finally:
-        for part in (producer, consumer, transport, leader):
+        for part in (producer, consumer, prefix_writer, transport, leader):
             if part is not None:
                 part.close()
 

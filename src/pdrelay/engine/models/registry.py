@@ -49,7 +49,7 @@ def build_model(
     family = getattr(import_module(module), name)
     built: CausalLM = family(
         config,
-        open_weights(model, config, load_format, seed),
+        open_weights(model, load_format, seed),
         dtype=dtype,
         device=torch.device("cpu") if device is None else device,
         communicator=communicator,
