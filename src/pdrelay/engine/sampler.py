@@ -1,8 +1,8 @@
 """From logits to tokens, in the order of vLLM's V1 sampler.
 
-raw log-probabilities -> min_tokens, logit_bias -> penalties -> argmax for greedy rows -> temperature
--> min_p -> top_k, top_p -> draw. A draw uses one uniform number that is a hash of (seed, output
-index): it depends on nothing else, neither on the batch nor on earlier draws.
+raw log-probabilities -> min_tokens, logit_bias -> penalties -> argmax for greedy rows ->
+temperature -> min_p -> top_k, top_p -> draw. A draw uses one uniform number that is a hash of
+(seed, output index): it depends on nothing else, neither on the batch nor on earlier draws.
 """
 
 from __future__ import annotations

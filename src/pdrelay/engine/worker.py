@@ -221,7 +221,7 @@ def _ready(rank: Rank) -> Ready:
             "device": config.device,
             "dtype": config.dtype,
             "kernels": kernels.describe(),
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
         },
     )
 

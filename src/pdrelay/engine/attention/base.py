@@ -48,7 +48,7 @@ def select_attention(
     from pdrelay.engine.attention.cpu import CpuAttention
     from pdrelay.engine.attention.sdpa import SdpaAttention
 
-    if kernels is not None and dtype == torch.float32 and device.type == "cpu":
-        if CpuAttention.supports(shape, kernels):
-            return CpuAttention(shape, kernels)
+    on_cpu = dtype == torch.float32 and device.type == "cpu"
+    if kernels is not None and on_cpu and CpuAttention.supports(shape, kernels):
+        return CpuAttention(shape, kernels)
     return SdpaAttention(shape)
