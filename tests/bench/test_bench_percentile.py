@@ -57,7 +57,7 @@ def exact_cdf(n: int, q: Fraction, k: int) -> Fraction:
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.integers(1, 90), st.integers(1, 99), st.sampled_from([0.8, 0.95, 0.99]))
 def test_ci_ranks_are_the_tightest_exact_binomial_ones(n: int, p: int, confidence: float) -> None:
     q = Fraction(p, 100)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -37,7 +39,7 @@ def test_any_split_gives_the_same_events(lines: list[str], end: str, cuts: list[
     parser = SseParser()
     got = []
     edges = [0, *sorted(c for c in cuts if c < len(raw)), len(raw)]
-    for a, b in zip(edges, edges[1:], strict=False):
+    for a, b in pairwise(edges):
         got += parser.feed(raw[a:b])
     got += parser.finish()
     assert got == expected

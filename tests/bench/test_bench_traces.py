@@ -79,6 +79,13 @@ def test_prompts_share_exactly_what_hash_ids_share(
     ordered = sorted(rows, key=lambda r: r["timestamp"])
     block = info.block_size
     assert block == max(1, round(512 * scale))
+    num_capped = 0
+    for row, request in zip(ordered, requests, strict=True):
+        whole, cut = divmod(row["input_length"], 512)
+        length = whole * block + (min(block, max(1, round(cut * block / 512))) if cut else 0)
+        num_capped += cap is not None and length > cap
+        assert len(request.prompt_token_ids or []) == (length if cap is None else min(length, cap))
+    assert info.num_input_capped == num_capped
     seen: set[int] = set()
     num_shared = 0
     for i, (a, request) in enumerate(zip(ordered, requests, strict=True)):

@@ -41,6 +41,12 @@ def test_fixed_prompts_differ_in_the_first_block_unless_shared(
     assert {r.max_tokens for r in requests} == {7}
 
 
+def test_prompts_differ_by_construction_and_not_by_luck() -> None:
+    """5,000 random pairs of bytes would hold some 190 collisions."""
+    requests = fixed(5000, 16, 1, 256, 11, low=3)
+    assert len({tuple((r.prompt_token_ids or [])[:2]) for r in requests}) == 5000
+
+
 def test_seeds_and_warm_ups_give_other_prompts() -> None:
     measured = fixed(20, 32, 4, 256, 1)
     others = [*fixed(20, 32, 4, 256, 2), *warmups_like(measured, 20, seed=1)]
@@ -51,12 +57,12 @@ def test_seeds_and_warm_ups_give_other_prompts() -> None:
 
 
 def test_chat_like_lengths() -> None:
-    requests = chat_like(5000, seed=2, max_input_len=100_000, max_output_len=64)
+    requests = chat_like(2000, seed=2, max_input_len=100_000, max_output_len=64)
     lengths = [len(r.prompt_token_ids or []) for r in requests]
-    assert statistics.mean(lengths) == pytest.approx(CHAT_INPUT_MEAN, rel=0.06)
+    assert statistics.mean(lengths) == pytest.approx(CHAT_INPUT_MEAN, rel=0.1)
     assert min(lengths) >= 4
     assert max(r.max_tokens for r in requests) == 64
-    assert requests == chat_like(5000, seed=2, max_input_len=100_000, max_output_len=64)
+    assert requests == chat_like(2000, seed=2, max_input_len=100_000, max_output_len=64)
 
 
 def test_jsonl_of_all_kinds(tmp_path: Path) -> None:

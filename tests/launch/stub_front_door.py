@@ -6,6 +6,7 @@ Run as a program it is `pdrelay serve` over stub workers: arguments as for `serv
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import socket
 import sys
@@ -49,10 +50,8 @@ class Link:
         self._timer = self._loop.call_later(PING_S, self._ping)
 
     def send(self, message) -> None:
-        try:
+        with contextlib.suppress(OSError):
             self._sock.send(self._codec.encode(message))
-        except OSError:
-            pass
 
     def _readable(self) -> None:
         try:

@@ -53,7 +53,17 @@ def wait_readable(sock: socket.socket) -> None:
 
 
 def serve(config: RankConfig, control: Channel, sock: socket.socket, mode: set[str]) -> int:
-    held = []  # requests that wait for ever in mode "hold"
+    held = []  # in mode "hold", until SIGUSR1
+
+    def answer(request) -> None:
+        out = Output(
+            request_id=request.request_id,
+            token_ids=request.prompt_token_ids,
+            finish_reason="length",
+        )
+        control.send(StepResult(t_ns=time.monotonic_ns(), outputs=[out]))
+
+    signal.signal(signal.SIGUSR1, lambda *_: [answer(request) for request in held])
     while not control.closed:
         wait_readable(sock)
         for message in control.receive():
@@ -62,12 +72,7 @@ def serve(config: RankConfig, control: Channel, sock: socket.socket, mode: set[s
                     if "hold" in mode:
                         held.append(request)
                         continue
-                    out = Output(
-                        request_id=request.request_id,
-                        token_ids=request.prompt_token_ids,
-                        finish_reason="length",
-                    )
-                    control.send(StepResult(t_ns=time.monotonic_ns(), outputs=[out]))
+                    answer(request)
                 case Abort(request_id=request_id):
                     held = [each for each in held if each.request_id != request_id]
                 case Ping(nonce=nonce):

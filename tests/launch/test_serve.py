@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -116,8 +117,9 @@ def test_sigkill_of_the_front_door_takes_the_ranks(tmp_path):
         until(lambda: not any(alive(pid) for pid in serve.worker_pids), "ranks die")
 
 
-def test_drain_lets_running_requests_finish(tmp_path):
-    with Serve(tmp_path, mode="hold@replica-0#0") as serve:
+@pytest.mark.parametrize("finishes", [True, False])
+def test_drain_waits_for_running_requests_unless_told_again(tmp_path, finishes):
+    with Serve(tmp_path, mode="hold") as serve:
         serve.wait_ready()
         answers = []
         client = threading.Thread(
@@ -129,10 +131,13 @@ def test_drain_lets_running_requests_finish(tmp_path):
         until(lambda: not _accepts(serve), "no new connection is taken")
         assert serve.process.poll() is None, "it did not wait for the request"
         assert alive(serve.worker_pids[0])
-        status, _ = serve.stop(signal.SIGTERM)  # the second one ends it
+        if finishes:
+            os.kill(serve.worker_pids[0], signal.SIGUSR1)
+        else:
+            serve.process.send_signal(signal.SIGTERM)
         client.join(DEADLINE_S)
-        assert status == 0
-        assert answers[0][0] == 503
+        assert answers[0] == (200, [1, 2, 3]) if finishes else answers[0][0] == 503
+        assert serve.stop()[0] == 0
         serve.nothing_left()
 
 
@@ -165,10 +170,8 @@ def test_drain_deadline_ends_a_stuck_request(tmp_path):
 
 
 def _quietly(serve):
-    try:
+    with contextlib.suppress(OSError):
         serve.request("/echo", b"[1]")
-    except OSError:
-        pass
 
 
 def test_request_is_answered_and_a_killed_worker_comes_back(tmp_path):
@@ -180,6 +183,25 @@ def test_request_is_answered_and_a_killed_worker_comes_back(tmp_path):
         until(lambda: serve.request("/health")[0] == 200, "/health recovers")
         assert serve.request("/echo", b"[7]") == (200, [7])
         assert serve.stop(signal.SIGTERM)[0] == 0
+
+
+def test_shared_pool_survives_a_worker(tmp_path):
+    with Serve(tmp_path, "--prefill", "1", "--decode", "1", "--transport", "pool") as serve:
+        serve.wait_ready()
+        victim = serve.worker_pids[1]
+        assert _has_memfd(victim)
+        os.kill(victim, signal.SIGKILL)
+        until(lambda: serve.request("/health")[0] == 503, "/health tells")
+        until(lambda: serve.request("/health")[0] == 200, "/health recovers")
+        status, output = serve.stop(signal.SIGTERM)
+        assert status == 0
+        assert "Traceback" not in output
+        assert "stays there" not in output
+
+
+def _has_memfd(pid):
+    links = [os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()]
+    return any("memfd" in link for link in links)
 
 
 def test_signal_while_starting(tmp_path):

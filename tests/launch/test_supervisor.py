@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -61,10 +62,20 @@ class Rig:
     def instance(self, name):
         return next(each for each in self.supervisor.instances() if each.instance == name)
 
-    async def state(self, name, state, timeout_s=10):
-        async with asyncio.timeout(timeout_s):
-            while self.supervisor.states()[name][0] is not state:
-                await asyncio.sleep(0.005)
+    async def state(self, name, state):
+        await until(lambda: self.supervisor.states()[name][0] is state)
+
+
+async def until(condition):
+    async with asyncio.timeout(10):
+        while True:
+            if condition():
+                return
+            await asyncio.sleep(0.005)
+
+
+def environment(pid):
+    return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
 
 
 def alive(pid):
@@ -101,16 +112,13 @@ async def test_all_become_ready_in_topology_order(run_dir):
 async def test_rank_output_is_prefixed_and_environment_set(run_dir):
     async with Rig(run_dir, TensorParallel(2)) as rig:
         await rig.supervisor.start()
-        async with asyncio.timeout(5):
-            while len(rig.lines) < 2:
-                await asyncio.sleep(0.005)
+        await until(lambda: len(rig.lines) >= 2)
         assert sorted(rig.lines) == [
             "[tp-0.0] stub tp-0.0 incarnation 0 starts",
             "[tp-0.1] stub tp-0.1 incarnation 0 starts",
         ]
         for pid in rig.instance("tp-0").pids:
-            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            assert b"OMP_NUM_THREADS=1" in environment
+            assert b"OMP_NUM_THREADS=1" in environment(pid)
             assert os.getpgid(pid) == pid
 
 
@@ -201,6 +209,15 @@ async def test_stopped_worker_is_killed_and_restarted(run_dir):
         await rig.state("replica-0", State.READY)
 
 
+async def test_a_stalled_front_door_blames_no_worker(run_dir):
+    async with Rig(run_dir, Replicas(1), worker_timeout_s=0.3) as rig:
+        await rig.supervisor.start()
+        time.sleep(0.8)  # noqa: ASYNC251 the stall itself
+        await until(lambda: time.monotonic() - rig.instance("replica-0").last_alive_s < 0.05)
+        assert rig.instance("replica-0").incarnation == 0
+        assert rig.deaths == []
+
+
 async def test_worker_that_closes_its_socket_is_replaced(run_dir, monkeypatch):
     monkeypatch.setenv("STUB_MODE", "close-control@replica-0#0")
     async with Rig(run_dir, Replicas(1)) as rig:
@@ -222,16 +239,12 @@ async def test_descendants_die_with_their_rank(run_dir, monkeypatch):
     monkeypatch.setenv("STUB_MODE", "child@replica-0#0")
     async with Rig(run_dir, Replicas(1)) as rig:
         await rig.supervisor.start()
-        async with asyncio.timeout(5):
-            while not any("grandchild" in line for line in rig.lines):
-                await asyncio.sleep(0.005)
+        await until(lambda: any("grandchild" in line for line in rig.lines))
         pid = int(next(line for line in rig.lines if "grandchild" in line).split()[-1])
         assert alive(pid)
         os.kill(rig.instance("replica-0").pids[0], signal.SIGKILL)
         await rig.listener.seen("exited", "replica-0", 0)
-        async with asyncio.timeout(5):
-            while alive(pid):
-                await asyncio.sleep(0.005)
+        await until(lambda: not alive(pid))
 
 
 async def test_stop_kills_what_ignores_drain_and_sigterm(run_dir, monkeypatch):
