@@ -67,7 +67,7 @@ class Link:
                 case Ready():
                     self.instance.report_ready(message)
                 case Pong():
-                    self.instance.report_alive()
+                    self._loop.call_soon(self.instance.report_alive)  # as late as a stream reader
                 case Fatal(message=text):
                     self.instance.report_fatal(text)
                 case StepResult():

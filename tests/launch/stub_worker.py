@@ -80,6 +80,7 @@ def serve(config: RankConfig, control: Channel, sock: socket.socket, mode: set[s
                         control.send(Pong(nonce, WorkerStats()))
                 case Drain():
                     if "ignore-drain" not in mode:
+                        print(f"stub {config.instance}.{config.rank} drained")
                         return 0
     return 0
 

@@ -104,6 +104,8 @@ def test_signal_ends_it_and_leaves_nothing(tmp_path, number):
         status, output = serve.stop(number)
         assert status == 0, output
         assert f"pdrelay is ready: {serve.info['url']}" in output
+        assert "stub prefill-0.0 drained" in output
+        assert "stub decode-0.0 drained" in output
         assert "Traceback" not in output
         serve.nothing_left()
 

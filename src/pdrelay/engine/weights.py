@@ -47,7 +47,7 @@ def open_weights(model: str, load_format: str, seed: int) -> WeightSource:
     """`load_format` "dummy" is the seeded weights; "auto" reads files, unless the shape is
     built in. Raises ModelError.
     """
-    assert load_format in ("auto", "dummy")
+    assert load_format in ("auto", "safetensors", "dummy")
     if load_format == "dummy" or is_built_in(model):
         return DummyWeights(seed)
     return SafetensorsWeights(Path(model))

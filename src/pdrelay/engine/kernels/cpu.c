@@ -38,6 +38,7 @@
 #define ROW_BLOCK 96 /* rows that meet one weight panel before the next: their inputs stay in L2 */
 #define KEYS 128     /* keys of an attention tile; a multiple of NR */
 #define MAX_HEAD_DIM 256
+#define LOG2_E 1.44269504088896f
 
 typedef float vec __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(VL * 4), aligned(4), may_alias));
@@ -186,13 +187,12 @@ API void pd_add_rms_norm(const float *x, float *residual, const float *weight, f
 
 /* out[M, N] = silu(gate_up[M, :N]) * gate_up[M, N:]. */
 API void pd_silu_mul(const float *gate_up, float *out, long M, long N) {
-  const float log2e = 1.44269504088896f;
   for (long m = 0; m < M; m++) {
     const float *g = gate_up + m * 2 * N, *u = g + N;
     float *o = out + m * N;
     long i = 0;
     for (; i + VL <= N; i += VL) {
-      vec x = load(g + i), e = exp2_vec(-vmax(x * log2e, splat(-126.0f)));
+      vec x = load(g + i), e = exp2_vec(-vmax(x * LOG2_E, splat(-126.0f)));
       store(o + i, x / (1.0f + e) * load(u + i));
     }
     for (; i < N; i++) o[i] = g[i] / (1.0f + expf(-g[i])) * u[i];
@@ -242,11 +242,13 @@ typedef struct {
   float scale; /* softmax scale * log2(e) */
 } attention;
 
-/* Keys of one tile and KV head: k[KEYS / NR][D][NR] transposed, v[KEYS][D], zero behind `n`. */
+/* One tile of one KV head. keys[j] and values[j] point into the pages; k[KEYS / NR][D][NR] is a
+ * transposed copy, zero behind the last key; v[KEYS][D] is a plain copy, made where many query rows
+ * use it. */
 typedef struct {
-  float k[KEYS * MAX_HEAD_DIM] __attribute__((aligned(64)));
-  float v[KEYS * MAX_HEAD_DIM] __attribute__((aligned(64)));
-} tile_buffer;
+  const float *keys[KEYS], *values[KEYS];
+  float *k, *v;
+} tile;
 
 #if defined(__AVX512F__)
 INLINE void transpose_16(const float *const *rows, long d, long n, float *dst) {
@@ -276,49 +278,66 @@ INLINE void transpose_16(const float *const *rows, long d, long n, float *dst) {
 }
 #endif
 
-static void pack_tile(const attention *a, long h, long k0, long n, tile_buffer *t) {
+static void pack_tile(const attention *a, long h, long k0, long n, tile *t) {
   long D = a->D, row = a->Hkv * D, bs = a->block_size, v_offset = bs * row;
   long used = (n + NR - 1) / NR * NR, index = k0 / bs, offset = k0 % bs;
-  const float *keys[KEYS];
   for (long j = 0; j < n; j++) {
-    keys[j] = a->kv + ((long)a->table[index] * 2 * bs + offset) * row + h * D;
+    t->keys[j] = a->kv + ((long)a->table[index] * 2 * bs + offset) * row + h * D;
+    t->values[j] = t->keys[j] + v_offset;
     if (++offset == bs) offset = 0, index++;
   }
-  for (long j = n; j < used; j++) keys[j] = keys[0];
-  for (long j = 0; j < n; j++)
-    for (long d = 0; d < D; d += VL) store(t->v + j * D + d, load(keys[j] + v_offset + d));
+  if (a->length > 1)
+    for (long j = 0; j < n; j++)
+      for (long d = 0; d < D; d += VL) store(t->v + j * D + d, load(t->values[j] + d));
   for (long j = 0; j < used; j += VL) {
     float *dst = t->k + j / NR * NR * D + j % NR;
 #if defined(__AVX512F__)
-    for (long d = 0; d < D; d += VL) transpose_16(keys + j, d, n - j, dst + d * NR);
+    for (long d = 0; d < D; d += VL) transpose_16(t->keys + j, d, n - j, dst + d * NR);
 #else
     for (long i = 0; i < VL; i++)
-      for (long d = 0; d < D; d++) dst[d * NR + i] = j + i < n ? keys[j + i][d] : 0.0f;
+      for (long d = 0; d < D; d++) dst[d * NR + i] = j + i < n ? t->keys[j + i][d] : 0.0f;
 #endif
   }
 }
 
-/* acc[mr][nv] over `limit` keys: out = out * alpha + p @ v, for nv vectors of the head. */
-INLINE void weigh_values(const int mr, const int nv, float p[MR][KEYS], const float *alpha,
-                         const float *v, long D, long limit, float *const *out) {
+/* Ask for keys k0 .. k0 + n of all heads: pages lie scattered, the hardware does not foresee them. */
+static void prefetch_keys(const attention *a, long k0, long n) {
+  long row = a->Hkv * a->D, bs = a->block_size;
+  for (long k = k0; k < k0 + n;) {
+    long offset = k % bs, count = min_l(bs - offset, k0 + n - k);
+    const float *p = a->kv + ((long)a->table[k / bs] * 2 * bs + offset) * row;
+    for (long i = 0; i < count * row; i += 16) {
+      __builtin_prefetch(p + i, 0, 2);
+      __builtin_prefetch(p + bs * row + i, 0, 2);
+    }
+    k += count;
+  }
+}
+
+/* out = out * alpha + p @ values over `limit` keys, for nv vectors of the head from column d on.
+ * `direct`: values come from the pages, not from the tile's copy. */
+INLINE void weigh_values(const int mr, const int nv, const int direct, float p[MR][KEYS],
+                         const float *alpha, const tile *t, long D, long d, long limit,
+                         float *const *out) {
   vec acc[MR][NV];
   UNROLL for (int i = 0; i < mr; i++) UNROLL for (int c = 0; c < nv; c++)
-      acc[i][c] = load(out[i] + c * VL) * splat(alpha[i]);
+      acc[i][c] = load(out[i] + d + c * VL) * splat(alpha[i]);
   for (long k = 0; k < limit; k++) {
+    const float *value = (direct ? t->values[k] : t->v + k * D) + d;
     vec w[NV];
-    UNROLL for (int c = 0; c < nv; c++) w[c] = load(v + k * D + c * VL);
+    UNROLL for (int c = 0; c < nv; c++) w[c] = load(value + c * VL);
     UNROLL for (int i = 0; i < mr; i++) {
       vec pi = splat(p[i][k]);
       UNROLL for (int c = 0; c < nv; c++) acc[i][c] += pi * w[c];
     }
   }
   UNROLL for (int i = 0; i < mr; i++) UNROLL for (int c = 0; c < nv; c++)
-      store(out[i] + c * VL, acc[i][c]);
+      store(out[i] + d + c * VL, acc[i][c]);
 }
 
 /* Query rows r .. r + mr of KV head h (row = token * group + head in group) against one tile. */
-INLINE void attend_rows(const int mr, const attention *a, long h, long k0, long n, long r,
-                        const tile_buffer *t, float *m, float *l) {
+INLINE void attend_rows(const int mr, const int direct, const attention *a, long h, long k0,
+                        long n, long r, const tile *t, float *m, float *l) {
   long D = a->D, group = a->Hq / a->Hkv;
   const float *q[MR];
   float *out[MR], alpha[MR], p[MR][KEYS] __attribute__((aligned(64)));
@@ -361,48 +380,48 @@ INLINE void attend_rows(const int mr, const attention *a, long h, long k0, long 
     l[r + i] = l[r + i] * alpha[i] + sum(total);
   }
   long d = 0;
-  for (; d + NR <= D; d += NR) {
-    float *o[MR];
-    UNROLL for (int i = 0; i < mr; i++) o[i] = out[i] + d;
-    weigh_values(mr, NV, p, alpha, t->v + d, D, limit, o);
-  }
-  for (; d + 2 * VL <= D; d += 2 * VL) {
-    float *o[MR];
-    UNROLL for (int i = 0; i < mr; i++) o[i] = out[i] + d;
-    weigh_values(mr, 2, p, alpha, t->v + d, D, limit, o);
-  }
-  for (; d < D; d += VL) {
-    float *o[MR];
-    UNROLL for (int i = 0; i < mr; i++) o[i] = out[i] + d;
-    weigh_values(mr, 1, p, alpha, t->v + d, D, limit, o);
-  }
+  for (; d + NR <= D; d += NR) weigh_values(mr, NV, direct, p, alpha, t, D, d, limit, out);
+  for (; d + 2 * VL <= D; d += 2 * VL) weigh_values(mr, 2, direct, p, alpha, t, D, d, limit, out);
+  for (; d < D; d += VL) weigh_values(mr, 1, direct, p, alpha, t, D, d, limit, out);
 }
 
-static void attend_tile(const attention *a, long h, long k0, tile_buffer *t, float *m, float *l) {
+static void attend_tile(const attention *a, long h, long k0, tile *t, float *m, float *l) {
   long group = a->Hq / a->Hkv, rows = a->length * group;
   long n = min_l(KEYS, a->context + a->length - k0);
+  int direct = a->length == 1;
   pack_tile(a, h, k0, n, t);
+#define ROWS(mr)                                     \
+  if (direct)                                        \
+    attend_rows(mr, 1, a, h, k0, n, r, t, m, l);     \
+  else                                               \
+    attend_rows(mr, 0, a, h, k0, n, r, t, m, l);     \
+  break
   for (long r = max_l(0, k0 - a->context) * group; r < rows; r += MR) {
     switch (rows - r) {
-      case 1: attend_rows(1, a, h, k0, n, r, t, m, l); break;
-      case 2: attend_rows(2, a, h, k0, n, r, t, m, l); break;
-      case 3: attend_rows(3, a, h, k0, n, r, t, m, l); break;
-      case 4: attend_rows(4, a, h, k0, n, r, t, m, l); break;
-      case 5: attend_rows(5, a, h, k0, n, r, t, m, l); break;
-      default: attend_rows(MR, a, h, k0, n, r, t, m, l);
+      case 1: ROWS(1);
+      case 2: ROWS(2);
+      case 3: ROWS(3);
+      case 4: ROWS(4);
+      case 5: ROWS(5);
+      default: ROWS(MR);
     }
   }
+#undef ROWS
 }
 
-/* m and l hold length * group floats a KV head. */
-static void attend(const attention *a, tile_buffer *t, float *m, float *l) {
+/* m and l hold length * Hq floats. */
+static void attend(const attention *a, tile *t, float *m, float *l) {
   long group = a->Hq / a->Hkv, rows = a->length * group, D = a->D;
   long num_keys = a->context + a->length;
   memset(a->out, 0, a->length * a->Hq * D * sizeof(float));
   for (long i = 0; i < rows * a->Hkv; i++) m[i] = -1e30f, l[i] = 0.0f;
   if (a->length == 1) { /* pages stream once, all heads of a tile together */
     for (long k0 = 0; k0 < num_keys; k0 += KEYS)
-      for (long h = 0; h < a->Hkv; h++) attend_tile(a, h, k0, t, m + h * rows, l + h * rows);
+      for (long h = 0; h < a->Hkv; h++) {
+        long share = KEYS / a->Hkv + 1, ahead = k0 + KEYS + h * share;
+        prefetch_keys(a, ahead, max_l(0, min_l(share, num_keys - ahead)));
+        attend_tile(a, h, k0, t, m + h * rows, l + h * rows);
+      }
   } else { /* a head's output rows stay in cache from tile to tile */
     for (long h = 0; h < a->Hkv; h++)
       for (long k0 = 0; k0 < num_keys; k0 += KEYS)
@@ -419,36 +438,41 @@ static void attend(const attention *a, tile_buffer *t, float *m, float *l) {
 API long pd_max_head_dim(void) { return MAX_HEAD_DIM; }
 API long pd_vector_width(void) { return VL; }
 
+/* Scratch of a call: the tile's copies, then m and l. Null without memory. */
+static float *make_scratch(tile *t, long rows, long D) {
+  float *scratch = aligned_alloc(64, (2 * (KEYS * D + rows) * sizeof(float) + 63) / 64 * 64);
+  t->k = scratch, t->v = scratch + KEYS * D;
+  return scratch;
+}
+
 /* Queries q[length, Hq, D] at positions context .., against the pages in table. 0, or -1: no memory. */
 API int pd_attend_prefill(const float *q, float *out, const float *kv, const int32_t *table,
                           long length, long context, long q_stride, long block_size, long Hq,
                           long Hkv, long D, float scale) {
+  tile t;
+  float *scratch = make_scratch(&t, length * Hq, D), *m = t.v + KEYS * D;
+  if (!scratch) return -1;
   attention a = {kv, table, q, out, q_stride, length, context, block_size, Hq, Hkv, D,
-                 scale * 1.44269504088896f};
-  tile_buffer *t = aligned_alloc(64, sizeof *t);
-  float *state = malloc(2 * length * Hq * sizeof(float));
-  int ok = t && state;
-  if (ok) attend(&a, t, state, state + length * Hq);
-  free(t);
-  free(state);
-  return ok ? 0 : -1;
+                 scale * LOG2_E};
+  attend(&a, &t, m, m + length * Hq);
+  free(scratch);
+  return 0;
 }
 
 /* One query a row: q[B, Hq, D], tables[B, width], seq_lens[B] tokens attended to. */
 API int pd_attend_decode(const float *q, float *out, const float *kv, const int32_t *tables,
                          const int32_t *seq_lens, long B, long width, long q_stride,
                          long block_size, long Hq, long Hkv, long D, float scale) {
-  tile_buffer *t = aligned_alloc(64, sizeof *t);
-  float *state = malloc(2 * Hq * sizeof(float));
-  int ok = t && state;
-  for (long b = 0; ok && b < B; b++) {
+  tile t;
+  float *scratch = make_scratch(&t, Hq, D), *m = t.v + KEYS * D;
+  if (!scratch) return -1;
+  for (long b = 0; b < B; b++) {
     attention a = {kv, tables + b * width, q + b * q_stride, out + b * Hq * D, q_stride, 1,
-                   seq_lens[b] - 1, block_size, Hq, Hkv, D, scale * 1.44269504088896f};
-    attend(&a, t, state, state + Hq);
+                   seq_lens[b] - 1, block_size, Hq, Hkv, D, scale * LOG2_E};
+    attend(&a, &t, m, m + Hq);
   }
-  free(t);
-  free(state);
-  return ok ? 0 : -1;
+  free(scratch);
+  return 0;
 }
 
 /* ---- all-reduce between ranks of one host, through shared memory ----

@@ -1,0 +1,33 @@
+"""`pdrelay report`: rebuild the report of a lab run from its raw files."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Registers `report`."""
+    parser = subparsers.add_parser(
+        "report",
+        help="rebuild the report of a lab run from its raw files",
+        description="Write DIR/report.html, DIR/summary.json and DIR/trace.json (for Perfetto) "
+        "from the raw files that `pdrelay lab` left in DIR, and print the tables.",
+    )
+    parser.add_argument("directory", metavar="DIR", type=Path, help="a run directory")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print no tables")
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Raises ConfigError for a directory that is no run or holds a damaged file."""
+    from rich.console import Console
+
+    from pdrelay.lab.report.build import build_report
+    from pdrelay.lab.report.tables import print_summary
+
+    built = build_report(args.directory)
+    if not args.quiet:
+        print_summary(built.summary, Console())
+    print(f"report: {built.report}")
+    return 0

@@ -1,0 +1,184 @@
+"""The flags of `pdrelay serve`, and the ServeConfig that they make."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from pdrelay.cli.options import Option, choice, integer, number, read_options, switch, text
+from pdrelay.errors import ConfigError
+from pdrelay.launch.config import EngineConfig, ServeConfig, TransportConfig
+from pdrelay.launch.topology import make_topology
+from pdrelay.launch.units import parse_bytes
+
+_MAX_RANKS = 1024
+_MAX_TOKENS = 1 << 24
+_MAX_SECONDS = 86_400.0
+
+
+def _byte_count(value: object) -> int:
+    wanted = "a byte count from 1 to 1 PiB, such as 536870912 or 512MiB"
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise ValueError(wanted)
+    try:
+        num = parse_bytes(value) if isinstance(value, str) else value
+    except ValueError:
+        raise ValueError(wanted) from None
+    if not 1 <= num <= 1 << 50:
+        raise ValueError(wanted)
+    return num
+
+
+_COUNT = integer(1, _MAX_RANKS)
+_TOKENS = integer(1, _MAX_TOKENS)
+_SECONDS = number(0.001, _MAX_SECONDS)
+
+GROUPS: Mapping[str, Sequence[Option]] = {
+    "topology (one of)": [
+        Option("replicas", _COUNT, "co-located instances behind the router (default: 1)", "N"),
+        Option("tp", _COUNT, "one co-located instance, tensor parallel over N ranks", "N"),
+        Option("prefill", _COUNT, "prefill instances (KV producers); needs --decode", "X"),
+        Option("decode", _COUNT, "decode instances (KV consumers); needs --prefill", "Y"),
+        Option(
+            "allow-oversubscribe",
+            switch,
+            "start more ranks than there are CPU cores",
+            is_switch=True,
+        ),
+    ],
+    "hand-over": [
+        Option(
+            "transport",
+            choice("mapped", "tcp", "pool"),
+            "how KV moves: mapped (shared memory, default), tcp, pool (shared CPU pool)",
+            "NAME",
+        ),
+        Option("kv-transfer-timeout", _SECONDS, "deadline of one hand-over in seconds (30)", "S"),
+        Option(
+            "kv-transfer-verify",
+            choice("off", "sample", "full"),
+            "checksum of handed-over pages: off, sample (default), full",
+            "MODE",
+        ),
+    ],
+    "engine": [
+        Option("engine", choice("native"), "native (default)", "NAME"),
+        Option("device", choice("auto", "cpu", "cuda"), "auto (default), cpu, cuda", "NAME"),
+        Option(
+            "dtype",
+            choice("auto", "float32", "bfloat16"),
+            "auto (default: float32 on cpu, bfloat16 on cuda), float32, bfloat16",
+            "NAME",
+        ),
+        Option(
+            "load-format",
+            choice("auto", "dummy"),
+            "auto (default: safetensors; built-in shapes: dummy), dummy (seeded random weights)",
+            "NAME",
+        ),
+        Option("seed", integer(0, (1 << 63) - 1), "seed of dummy weights (0)", "S"),
+        Option("max-model-len", _TOKENS, "longest prompt + output (default: the model's)", "N"),
+        Option(
+            "kv-cache-memory",
+            _byte_count,
+            "KV pool of each rank, as bytes or like 2GiB (default: 512MiB or 10%% of the memory, "
+            "more for large models)",
+            "BYTES",
+        ),
+        Option("block-size", integer(1, 1024), "tokens a KV block (16)", "N"),
+        Option("max-num-seqs", integer(1, 65_536), "sequences in one step (64)", "N"),
+        Option("max-num-batched-tokens", _TOKENS, "token budget of one step (2048)", "N"),
+        Option(
+            "enable-prefix-caching",
+            switch,
+            "reuse the KV of shared prompt prefixes (default: on)",
+            is_switch=True,
+            negatable=True,
+        ),
+        Option(
+            "threads-per-rank",
+            integer(1, 4096),
+            "compute threads of a rank (default: the cores but one, shared by the ranks; at "
+            "least 1)",
+            "N",
+        ),
+    ],
+    "front door": [
+        Option("host", text, "address to listen on (127.0.0.1)", "ADDRESS"),
+        Option("port", integer(0, 65_535), "port to listen on; 0: any free one (8000)", "N"),
+        Option("served-model-name", text, "the model's name in the API (default: MODEL's)", "NAME"),
+        Option("api-key", text, "require this bearer token on /v1", "KEY"),
+        Option("max-num-requests", integer(1, 1 << 20), "in flight; more get 429", "N"),
+        Option("request-timeout", _SECONDS, "deadline of one request in seconds (600)", "S"),
+    ],
+    "operation": [
+        Option("startup-timeout", _SECONDS, "until every worker is ready, in seconds (300)", "S"),
+        Option(
+            "worker-timeout", _SECONDS, "a silent worker is restarted after this, seconds (30)", "S"
+        ),
+        Option(
+            "drain-timeout",
+            number(0.0, _MAX_SECONDS),
+            "after Ctrl-C or SIGTERM, for running requests, seconds (30); a second signal ends it",
+            "S",
+        ),
+        Option("event-log", text, "append one JSON line per request", "PATH"),
+        Option("ready-file", text, "write url and workers as JSON once ready", "PATH"),
+        Option(
+            "log-level",
+            choice("debug", "info", "warning", "error"),
+            "debug, info (default), warning, error",
+            "NAME",
+        ),
+    ],
+}
+
+OPTIONS = [option for group in GROUPS.values() for option in group]
+_MODEL = Option("model", text, "the model")
+_NESTED = ("engine", "transport", "topology")  # fields that are configurations themselves
+_RENAMED = {
+    "kv_transfer_timeout": "kv_transfer_timeout_s",
+    "kv_transfer_verify": "verify",
+    "transport": "name",
+    "request_timeout": "request_timeout_s",
+    "startup_timeout": "startup_timeout_s",
+    "worker_timeout": "worker_timeout_s",
+    "drain_timeout": "drain_timeout_s",
+}
+
+
+def serve_config(args: argparse.Namespace) -> ServeConfig:
+    """Flags over `--config` file over defaults. Raises ConfigError."""
+    values = read_options([_MODEL, *OPTIONS], vars(args), args.config)
+    if "model" not in values:
+        raise ConfigError(
+            "no model: give a Hugging Face directory or a built-in shape, "
+            "as in 'pdrelay serve tiny'"
+        )
+    counts = _counts(args, values)
+    renamed = {_RENAMED.get(key, key): value for key, value in values.items()}
+    return ServeConfig(
+        engine=EngineConfig(**_only(EngineConfig, renamed)),
+        transport=TransportConfig(**_only(TransportConfig, renamed)),
+        topology=make_topology(*counts),
+        **_only(ServeConfig, {k: v for k, v in renamed.items() if k not in _NESTED}),
+    )
+
+
+def _counts(
+    args: argparse.Namespace, values: Mapping[str, Any]
+) -> tuple[int | None, int | None, int | None, int | None]:
+    """Replicas, tp, prefill, decode. A topology on the command line replaces the file's whole."""
+    names = ("replicas", "tp", "prefill", "decode")
+    on_command_line = any(getattr(args, name) is not None for name in names)
+    wanted = [
+        values.get(name) if not on_command_line or getattr(args, name) is not None else None
+        for name in names
+    ]
+    return wanted[0], wanted[1], wanted[2], wanted[3]
+
+
+def _only(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {each.name: values[each.name] for each in fields(kind) if each.name in values}

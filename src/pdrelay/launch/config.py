@@ -1,0 +1,59 @@
+"""What the user asked of `pdrelay serve`: validated, frozen, None where it is "auto"."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pdrelay.core.rank_config import Verify
+from pdrelay.launch.topology import Replicas, Topology
+
+TransportName = Literal["mapped", "tcp", "pool"]
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """One engine instance, all ranks alike. Sizes are bytes or tokens."""
+
+    model: str  # a Hugging Face directory or a built-in shape
+    engine: Literal["native"] = "native"
+    load_format: Literal["auto", "dummy"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    seed: int = 0
+    max_model_len: int | None = None
+    block_size: int = 16
+    kv_cache_memory: int | None = None  # bytes a rank
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    enable_prefix_caching: bool = True
+    threads_per_rank: int | None = None
+
+
+@dataclass(frozen=True)
+class TransportConfig:
+    name: TransportName = "mapped"
+    kv_transfer_timeout_s: float = 30.0
+    verify: Verify = "sample"
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Everything `pdrelay serve` does."""
+
+    engine: EngineConfig
+    topology: Topology = field(default_factory=lambda: Replicas(1))
+    transport: TransportConfig = TransportConfig()
+    host: str = "127.0.0.1"
+    port: int = 8000  # 0: any free one
+    served_model_name: str | None = None  # None: the model's directory or shape name
+    api_key: str | None = None
+    max_num_requests: int | None = None  # in flight; None: the router's default
+    request_timeout_s: float = 600.0
+    startup_timeout_s: float = 300.0
+    worker_timeout_s: float = 30.0
+    drain_timeout_s: float = 30.0
+    allow_oversubscribe: bool = False
+    event_log: str | None = None
+    ready_file: str | None = None
+    log_level: str = "info"

@@ -1,0 +1,52 @@
+"""What the machine offers, as far as the launcher cares."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Host:
+    num_cores: int  # this process may use
+    memory_bytes: int  # total, or the control group's limit
+    available_bytes: int  # without swapping
+    num_gpus: int
+    max_open_files: int
+    compiler: str | None  # path of a C compiler
+
+
+def inspect_host() -> Host:
+    total, available = _memory()
+    return Host(
+        num_cores=len(os.sched_getaffinity(0)),
+        memory_bytes=total,
+        available_bytes=available,
+        num_gpus=_num_gpus(),
+        max_open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        compiler=shutil.which("cc") or shutil.which("gcc") or shutil.which("clang"),
+    )
+
+
+def _memory() -> tuple[int, int]:
+    """(total, available) bytes; control group v2's limit where it is lower."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    total = int(fields["MemTotal"].split()[0]) * 1024
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text()) - int(stat.get("inactive_file", 0))
+    except (OSError, ValueError):  # no such group, or "max"
+        return total, available
+    return min(total, limit), min(available, max(limit - used, 0))
+
+
+def _num_gpus() -> int:
+    """NVIDIA GPUs that the driver lists."""
+    devices = Path("/proc/driver/nvidia/gpus")
+    return len(list(devices.iterdir())) if devices.is_dir() else 0

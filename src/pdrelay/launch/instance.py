@@ -1,0 +1,189 @@
+"""One incarnation of one instance: its ranks, its control socket, and how it ended."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from pdrelay.core.messages import Ready
+from pdrelay.core.rank_config import RankConfig
+from pdrelay.errors import LaunchError
+from pdrelay.launch.process import RankProcess
+from pdrelay.launch.topology import InstanceSpec
+
+_CLOSE_GRACE_S = 1.0  # between a control socket's end and the exit of its rank, either way round
+
+
+class Listener(Protocol):
+    """Who talks to the ranks. Called on the event loop; must not block or raise."""
+
+    def on_started(self, instance: Instance, sock: socket.socket) -> None:
+        """Take over `sock`, the non-blocking control socket of rank 0.
+
+        From then on report what arrives: `instance.report_ready`, `report_alive` for each Pong,
+        `report_fatal`, and `report_closed` at the socket's end.
+        """
+
+    def on_exited(self, instance: Instance, reason: str) -> None:
+        """Every rank of the incarnation is gone and reaped. `reason` is one line."""
+
+
+class Instance:
+    """Spawns its ranks when made; `on_ended(self)` follows exactly once, when all are reaped.
+
+    Raises LaunchError when a rank cannot be started; nothing is left behind then.
+    """
+
+    def __init__(
+        self,
+        spec: InstanceSpec,
+        incarnation: int,
+        make_ranks: Callable[[int], Sequence[RankConfig]],
+        *,
+        command: Sequence[str],
+        listener: Listener,
+        log: Callable[[str], None],
+        on_ended: Callable[[Instance], None],
+        on_ready: Callable[[Instance], None],
+    ) -> None:
+        self.spec = spec
+        self.incarnation = incarnation
+        self.ready: Ready | None = None
+        self.last_alive_s = time.monotonic()
+        self.ended = asyncio.Event()
+        self.reason = ""
+        self._fatal = ""
+        self._listener = listener
+        self._on_ended = on_ended
+        self._on_ready = on_ready
+        self._loop = asyncio.get_running_loop()
+        self._closed = False
+        self._abandoned = False  # the listener never heard of it
+        self._cause = ""  # why we killed it
+        self._first_exit: RankProcess | None = None
+        self._grace_timer: asyncio.TimerHandle | None = None
+        self.ranks: list[RankProcess] = []
+        self._spawn(make_ranks, command, log)
+
+    def _spawn(
+        self,
+        make_ranks: Callable[[int], Sequence[RankConfig]],
+        command: Sequence[str],
+        log: Callable[[str], None],
+    ) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        ours.setblocking(False)
+        try:
+            with theirs:
+                for config in make_ranks(theirs.fileno()):
+                    self._spawn_rank(config, command, log)
+        except BaseException:
+            ours.close()
+            self._abandoned = True
+            self.kill("")
+            raise
+        self._listener.on_started(self, ours)
+
+    def _spawn_rank(
+        self, config: RankConfig, command: Sequence[str], log: Callable[[str], None]
+    ) -> None:
+        prefix = f"[{config.instance}.{config.rank}] "
+        process = RankProcess(
+            config,
+            command=command,
+            pass_fds=[fd for fd in (config.control_fd, config.pool_fd) if fd >= 0],
+            sink=lambda line: log(prefix + line),
+            on_exit=self._rank_exited,
+        )
+        self.ranks.append(process)
+
+    @property
+    def instance(self) -> str:
+        return self.spec.instance
+
+    @property
+    def pids(self) -> list[int]:
+        return [rank.pid for rank in self.ranks]
+
+    # ---- what the listener reports
+
+    def report_ready(self, ready: Ready) -> None:
+        self.ready = ready
+        self.last_alive_s = time.monotonic()
+        self._on_ready(self)
+
+    def report_alive(self) -> None:
+        self.last_alive_s = time.monotonic()
+
+    def report_fatal(self, message: str) -> None:
+        """The rank's own last words: the cause and the fix in one line."""
+        self._fatal = message
+
+    def report_closed(self) -> None:
+        """The control socket has ended: nothing more will be reported."""
+        self._closed = True
+        self._end_soon()
+
+    # ---- ends
+
+    def send_signal(self, number: signal.Signals) -> None:
+        for rank in self.ranks:
+            rank.send_signal(number)
+
+    def kill(self, cause: str) -> None:
+        """SIGKILL every rank. `cause` becomes the reason unless the rank gave its own."""
+        self._cause = self._cause or cause
+        self.send_signal(signal.SIGKILL)
+
+    @property
+    def _all_exited(self) -> bool:
+        return all(rank.returncode is not None for rank in self.ranks)
+
+    def _rank_exited(self, rank: RankProcess) -> None:
+        if self._first_exit is None:
+            self._first_exit = rank
+            self.send_signal(signal.SIGKILL)  # an instance lives and dies as a whole
+        self._end_soon()
+
+    def _end_soon(self) -> None:
+        """End when all ranks are gone and their last words read; force both after a grace."""
+        if self._all_exited and self._closed:
+            self._end()
+        elif self._grace_timer is None:
+            self._grace_timer = self._loop.call_later(_CLOSE_GRACE_S, self._grace_over)
+
+    def _grace_over(self) -> None:
+        self._closed = True
+        if self._all_exited:
+            self._end()
+        else:
+            self.kill("")
+
+    def _end(self) -> None:
+        if self.ended.is_set():
+            return
+        if self._grace_timer is not None:
+            self._grace_timer.cancel()
+        self.reason = self._describe()
+        self.ended.set()
+        if not self._abandoned:
+            self._listener.on_exited(self, self.reason)
+            self._on_ended(self)
+
+    def _describe(self) -> str:
+        rank = self._first_exit
+        assert rank is not None
+        if self._fatal and rank is self.ranks[0]:
+            return self._fatal
+        how = self._cause or f"rank {rank.config.rank} {rank.describe_exit()}"
+        last = rank.log.last_line()
+        return f"{self.instance} {how}; its last line: {last}" if last else f"{self.instance} {how}"
+
+
+def launch_error(instance: Instance) -> LaunchError:
+    """Why `instance`, which has ended, never became ready."""
+    return LaunchError(f"worker {instance.instance} did not start: {instance.reason}")

@@ -1,0 +1,62 @@
+"""The RankConfig of every rank of an incarnation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pdrelay.core.messages import Role
+from pdrelay.core.rank_config import RankConfig
+from pdrelay.launch.config import ServeConfig
+from pdrelay.launch.resolve import ResolvedConfig
+from pdrelay.launch.run_dir import RunDir
+from pdrelay.launch.topology import InstanceSpec
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """Callable as the supervisor's rank factory."""
+
+    config: ServeConfig
+    resolved: ResolvedConfig
+    run_dir: RunDir
+    pool: bytes = b""
+    pool_fd: int = -1
+
+    def __call__(self, spec: InstanceSpec, incarnation: int, control_fd: int) -> list[RankConfig]:
+        return [
+            self._rank(spec, incarnation, rank, control_fd if rank == 0 else -1)
+            for rank in range(spec.world_size)
+        ]
+
+    def _rank(self, spec: InstanceSpec, incarnation: int, rank: int, control_fd: int) -> RankConfig:
+        engine, resolved = self.config.engine, self.resolved
+        listens = spec.role is Role.DECODE and rank == 0
+        return RankConfig(
+            instance=spec.instance,
+            instance_index=spec.index,
+            incarnation=incarnation,
+            role=spec.role,
+            rank=rank,
+            world_size=spec.world_size,
+            control_fd=control_fd,
+            run_dir=str(self.run_dir.path),
+            peer_address=self.run_dir.peer_address(spec, incarnation) if listens else "",
+            model=engine.model,
+            load_format=resolved.load_format,
+            device=resolved.device,
+            dtype=resolved.dtype,
+            seed=engine.seed,
+            max_model_len=resolved.max_model_len,
+            block_size=resolved.layout.block_size,
+            num_blocks=resolved.layout.num_blocks,
+            max_num_seqs=engine.max_num_seqs,
+            max_num_batched_tokens=engine.max_num_batched_tokens,
+            enable_prefix_caching=engine.enable_prefix_caching,
+            transport=resolved.transport,
+            kv_transfer_timeout_s=self.config.transport.kv_transfer_timeout_s,
+            verify=self.config.transport.verify,
+            num_threads=resolved.num_threads,
+            pool=self.pool,
+            pool_fd=self.pool_fd,
+            log_level=self.config.log_level,
+        )

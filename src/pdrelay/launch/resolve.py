@@ -1,0 +1,179 @@
+"""From what was asked to what will run: a pure function of request, model, and machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import PurePath
+
+from pdrelay.core.kv_layout import KVLayout
+from pdrelay.errors import ConfigError
+from pdrelay.launch.config import ServeConfig
+from pdrelay.launch.host import Host
+from pdrelay.launch.topology import PrefillDecode, num_ranks, tensor_parallel_size
+from pdrelay.launch.units import format_bytes
+from pdrelay.model.config import ModelConfig, is_built_in, kv_layout
+
+_AUTO_KV_BYTES = 512 << 20
+_AUTO_KV_SHARE = 0.10  # of the machine's memory, a rank
+_LARGE_KV_SHARE = 0.25  # of the machine's memory, all ranks, where one request needs more
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """No "auto" left. Sizes are per rank."""
+
+    load_format: str  # "safetensors" or "dummy"
+    device: str
+    dtype: str
+    max_model_len: int
+    layout: KVLayout
+    num_threads: int
+    transport: str  # "" for co-located topologies
+    served_model_name: str
+    weights_bytes: int  # a rank, estimated from the shape
+    notes: tuple[str, ...]  # what "auto" became and why, one line each
+
+
+def resolve(config: ServeConfig, model: ModelConfig, host: Host) -> ResolvedConfig:
+    """Fill in every "auto". Raises ConfigError (or ModelError) for what cannot run here."""
+    engine = config.engine
+    notes: list[str] = []
+    device = _device(config, host, notes)
+    dtype = _dtype(config, device, model, notes)
+    tp_size = tensor_parallel_size(config.topology)
+    block = kv_layout(model, engine.block_size, 1, dtype, tp_size)
+    wanted_len = min(engine.max_model_len or model.max_position_embeddings, 1 << 40)
+    if wanted_len > model.max_position_embeddings:
+        raise ConfigError(
+            f"--max-model-len {wanted_len} exceeds the model's context of "
+            f"{model.max_position_embeddings} tokens: lower it"
+        )
+    memory = _kv_cache_memory(config, block, wanted_len, host, notes)
+    num_blocks = memory // block.block_bytes
+    max_model_len = _max_model_len(config, block, num_blocks, wanted_len, notes)
+    _check_batch(config)
+    return ResolvedConfig(
+        load_format=_load_format(config, notes),
+        device=device,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        layout=kv_layout(model, engine.block_size, num_blocks, dtype, tp_size),
+        num_threads=_num_threads(config, host, notes),
+        transport=config.transport.name if isinstance(config.topology, PrefillDecode) else "",
+        served_model_name=config.served_model_name or default_model_name(engine.model),
+        weights_bytes=num_parameters(model) * (4 if dtype == "float32" else 2) // tp_size,
+        notes=tuple(notes),
+    )
+
+
+def default_model_name(model: str) -> str:
+    """A built-in shape's name, or the last part of a directory's path."""
+    return model if is_built_in(model) else PurePath(model).name or model
+
+
+def num_parameters(model: ModelConfig) -> int:
+    """Weights of the shape, biases and norms left out."""
+    attention = model.hidden_size * model.head_dim * 2 * (model.num_heads + model.num_kv_heads)
+    mlp = 3 * model.hidden_size * model.intermediate_size
+    embeddings = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
+    return model.num_layers * (attention + mlp) + embeddings
+
+
+def _device(config: ServeConfig, host: Host, notes: list[str]) -> str:
+    asked = config.engine.device
+    if asked == "cuda" and host.num_gpus == 0:
+        raise ConfigError("--device cuda, but the driver lists no NVIDIA GPU: use --device cpu")
+    if asked == "auto":
+        notes.append("device: cpu (auto; the native engine runs on CPU unless told otherwise)")
+        return "cpu"
+    return asked
+
+
+def _dtype(config: ServeConfig, device: str, model: ModelConfig, notes: list[str]) -> str:
+    asked = config.engine.dtype
+    if asked != "auto":
+        return asked
+    if device == "cpu":
+        notes.append("dtype: float32 (auto; the fast CPU kernels are float32)")
+        return "float32"
+    notes.append(f"dtype: bfloat16 (auto; the checkpoint is {model.dtype})")
+    return "bfloat16"
+
+
+def _load_format(config: ServeConfig, notes: list[str]) -> str:
+    engine = config.engine
+    if engine.load_format == "dummy":
+        return "dummy"
+    if is_built_in(engine.model):
+        notes.append(f"load format: dummy (auto; {engine.model} is a shape without weights)")
+        return "dummy"
+    return "safetensors"
+
+
+def _kv_cache_memory(
+    config: ServeConfig, block: KVLayout, wanted_len: int, host: Host, notes: list[str]
+) -> int:
+    asked = config.engine.kv_cache_memory
+    if asked is not None:
+        if asked < block.block_bytes:
+            raise ConfigError(
+                f"--kv-cache-memory {format_bytes(asked)} holds no block: one takes "
+                f"{format_bytes(block.block_bytes)}"
+            )
+        return asked
+    small = min(_AUTO_KV_BYTES, int(host.memory_bytes * _AUTO_KV_SHARE))
+    one_request = _num_blocks(wanted_len, block) * block.block_bytes
+    share = int(host.memory_bytes * _LARGE_KV_SHARE) // num_ranks(config.topology)
+    memory = max(small, min(one_request, share), block.block_bytes)
+    notes.append(
+        f"KV cache: {format_bytes(memory)} a rank (auto; {memory // block.block_bytes} blocks of "
+        f"{block.block_size} tokens)"
+    )
+    return memory
+
+
+def _num_blocks(num_tokens: int, block: KVLayout) -> int:
+    return -(-num_tokens // block.block_size)
+
+
+def _max_model_len(
+    config: ServeConfig, block: KVLayout, num_blocks: int, wanted_len: int, notes: list[str]
+) -> int:
+    capacity = num_blocks * block.block_size
+    if wanted_len <= capacity:
+        if config.engine.max_model_len is None:
+            notes.append(f"max model length: {wanted_len} tokens (auto; the model's context)")
+        return wanted_len
+    if config.engine.max_model_len is not None:
+        need = _num_blocks(wanted_len, block) * block.block_bytes
+        raise ConfigError(
+            f"one request of --max-model-len {wanted_len} tokens needs {format_bytes(need)} of KV "
+            f"cache a rank, there is {format_bytes(num_blocks * block.block_bytes)}: lower it to "
+            f"{capacity} or raise --kv-cache-memory to {need}"
+        )
+    notes.append(
+        f"max model length: {capacity} tokens (auto; the KV cache holds no longer request, the "
+        f"model's context is {wanted_len})"
+    )
+    return capacity
+
+
+def _check_batch(config: ServeConfig) -> None:
+    engine = config.engine
+    if engine.max_num_batched_tokens < engine.max_num_seqs:
+        raise ConfigError(
+            f"--max-num-batched-tokens {engine.max_num_batched_tokens} is less than "
+            f"--max-num-seqs {engine.max_num_seqs}: a step decodes one token of every sequence"
+        )
+
+
+def _num_threads(config: ServeConfig, host: Host, notes: list[str]) -> int:
+    if config.engine.threads_per_rank is not None:
+        return config.engine.threads_per_rank
+    ranks = num_ranks(config.topology)
+    threads = max(1, (host.num_cores - 1) // ranks)
+    notes.append(
+        f"threads a rank: {threads} (auto; {host.num_cores} cores, one of them the front door's, "
+        f"over {ranks} rank{'s' if ranks != 1 else ''})"
+    )
+    return threads
