@@ -66,8 +66,10 @@ def server(argv: list[str], port: int, log: Path, env: dict[str, str]) -> Iterat
 def export_tiny(directory: Path, seed: int) -> None:
     """The shape `tiny` with its seeded weights as a Hugging Face directory for both servers."""
     from pdrelay.engine.weights import save_pretrained_dummy
+    from pdrelay.model.tokenizer import byte_level_tokenizer
 
     save_pretrained_dummy("tiny", seed, directory)
+    byte_level_tokenizer().save(str(directory))
 
 
 async def alternate(

@@ -102,7 +102,8 @@ def test_extreme_scores(scale):
     actual = backend("cpu", shape)(q, context.kv_pool[0], context)
     wanted = ReferenceAttention(shape)(q, context.kv_pool[0], context)
     assert actual.isfinite().all()
-    torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
+    rounding = max(1.0, scale) * 1e-5  # of the scores, which exp passes on
+    torch.testing.assert_close(actual, wanted, rtol=0, atol=rounding)
 
 
 def test_rubbish_behind_the_last_token_is_never_read_as_a_number():

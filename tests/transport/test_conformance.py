@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import select
@@ -168,7 +169,7 @@ def test_random_permutations_equal_a_plain_copy(name, data):
         expected[:, dst[first:]] = p.pages.array[:, src[first:]]
         transfer = Transfer(p.connect(d), p, d, "t", src, dst[first:], first=first)
         transfer.expect().begin()
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in itertools.pairwise(cuts):
             for layer in range(layout.num_layers):
                 transfer.send(layer, start, stop)
         transfer.finish().complete()

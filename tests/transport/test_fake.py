@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
@@ -132,8 +133,6 @@ def test_the_registry(kit):
 
 
 def test_no_torch_is_imported():
-    import subprocess
-
     script = (
         "import sys, pdrelay.transport.registry as r\n"
         "import pdrelay.transport.mapped, pdrelay.transport.tcp, pdrelay.transport.pool\n"

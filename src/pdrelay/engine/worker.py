@@ -163,8 +163,8 @@ def lead(config: RankConfig, control: Channel[ToWorker]) -> None:
         clock=monotonic_ns,
         prefix_writer=prefix_writer,
     )
-    control.send(_ready(rank))
     _settle()
+    control.send(_ready(rank))
     try:
         loop.run()
     finally:

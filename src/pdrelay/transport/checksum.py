@@ -54,7 +54,8 @@ def _sampled(words: npt.NDArray[np.unsignedinteger], blocks: Sequence[int]) -> U
     ends = np.array([0, width // 2 - 1, width // 2, width - 1])
     offsets = np.arange(num_layers)[:, None] * (num_blocks * width) + ends
     index = offsets.reshape(-1, 1) + np.array(blocks, dtype=np.int64) * width
-    return words.reshape(-1)[index].astype(np.uint64, copy=False).ravel()
+    sampled: U64 = words.reshape(-1)[index].astype(np.uint64, copy=False).ravel()
+    return sampled
 
 
 def _summed(words: npt.NDArray[np.unsignedinteger], blocks: Sequence[int]) -> U64:

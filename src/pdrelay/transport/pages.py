@@ -19,7 +19,7 @@ from pdrelay.core.kv_layout import KVLayout
 def anonymous_file(num_bytes: int, label: str) -> int:
     """An fd of `num_bytes` zeros without a name; `label` shows in /proc only.
 
-    Raises OSError. Memory is taken page by page, when first written.
+    Raises OSError, OverflowError. Memory is taken page by page, when first written.
     """
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create(label, os.MFD_CLOEXEC)
@@ -28,7 +28,7 @@ def anonymous_file(num_bytes: int, label: str) -> int:
             fd = os.dup(file.fileno())
     try:
         os.ftruncate(fd, num_bytes)
-    except OSError:
+    except BaseException:
         os.close(fd)
         raise
     return fd

@@ -21,6 +21,7 @@ import contextlib
 import enum
 import fcntl
 import hashlib
+import math
 import mmap
 import os
 import threading
@@ -130,7 +131,7 @@ def _plan(description: PoolDescription) -> tuple[dict[str, int], int, int]:
     position = 0
     for name, dtype, shape in _fields(description.layout.num_blocks, description.num_leases):
         offsets[name] = position
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        size = math.prod(shape) * np.dtype(dtype).itemsize
         position = -(-(position + size) // 64) * 64
     slots = -(-position // _ALIGN) * _ALIGN
     return offsets, slots, slots + description.layout.total_bytes
@@ -141,7 +142,7 @@ def create_pool_file(description: PoolDescription) -> int:
     size = _plan(description)[2]
     try:
         fd = anonymous_file(size, "pdrelay-pool")
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         raise TransportError(
             f"cannot make a shared pool of {size} bytes ({error}): use fewer slots"
         ) from error
@@ -278,15 +279,22 @@ class PoolStore:
         version = int(self._head[_Head.VERSION])
         if version == self._seen_version:
             return
-        for slot in np.flatnonzero(self._changed > self._seen_version).tolist():
+        stale = np.flatnonzero(self._changed > self._seen_version)
+        ready = (self._state[stale] == int(State.READY)) & (self._private[stale] == 0)
+        for slot, key, is_ready in zip(
+            stale.tolist(), self._keys_of(stale), ready.tolist(), strict=True
+        ):
             old = self._key_of.pop(slot, None)
             if old is not None and self._slot_of.get(old) == slot:
                 del self._slot_of[old]
-            if self._state[slot] == State.READY and not self._private[slot]:
-                key = self._key[slot].tobytes()
+            if is_ready:
                 self._key_of[slot] = key
                 self._slot_of[key] = slot
         self._seen_version = version
+
+    def _keys_of(self, slots: npt.NDArray[Any]) -> list[bytes]:
+        raw = self._key[slots].tobytes()
+        return [raw[i : i + KEY_BYTES] for i in range(0, len(raw), KEY_BYTES)]
 
     def _touch(self, slots: npt.NDArray[Any]) -> None:
         """Tell all mirrors that the keys of `slots` changed."""
@@ -443,8 +451,7 @@ class PoolStore:
         with self._locked():
             self._check(lease)
             fresh: dict[bytes, int] = {}
-            for slot in written:
-                key = self._key[slot].tobytes()
+            for slot, key in zip(written, self._keys_of(_ids(written)), strict=True):
                 if key in self._slot_of or key in fresh:
                     self._private[slot] = 1  # somebody else was quicker
                 elif not self._private[slot]:

@@ -63,7 +63,7 @@ class Incoming:
 
 
 class Receiver:
-    """Listens, receives, and reports. All methods but `_run` are the engine thread's."""
+    """Listens, receives, and reports. Its thread runs `_run` and what that calls."""
 
     def __init__(
         self,
@@ -100,6 +100,7 @@ class Receiver:
             ) from error
         self._listener.setblocking(False)
         self.port: int = self._listener.getsockname()[1]
+        self._selector = selectors.DefaultSelector()
         self._thread = threading.Thread(target=self._run, name="kv-tcp-receiver", daemon=True)
         self._thread.start()
 
@@ -186,7 +187,7 @@ class Receiver:
     # ---- the thread
 
     def _run(self) -> None:
-        with selectors.DefaultSelector() as selector, self._listener:
+        with self._selector as selector, self._listener:
             selector.register(self._listener, selectors.EVENT_READ)
             selector.register(self._woken, selectors.EVENT_READ)
             try:
