@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
@@ -199,6 +200,33 @@ def test_abort_after_the_producer_finished_lets_go(kit):
     d.transport.abort("b")
     stats = check(kit)
     assert (stats.num_pinned, stats.num_leases, stats.num_writing) == (0, 0, 0)
+
+
+def test_abort_while_the_pages_are_being_taken(kit):
+    """The blocks are reused as soon as `abort` returned: the taking thread must keep off."""
+    p, d = kit.pair()
+    link = p.connect(d)
+    transfer = Transfer(link, p, d, "a", range(6), range(6)).expect().begin().send_all().finish()
+    p.wait(Sent, "a")
+    reached, go = threading.Event(), threading.Event()
+    take = d.transport._store.take
+
+    def slow_take(*arguments):
+        slots = take(*arguments)
+        reached.set()
+        assert go.wait(10)
+        return slots
+
+    d.transport._store.take = slow_take
+    transfer.commit()
+    assert reached.wait(10)
+    d.transport.abort("a")
+    d.pages.array[:, :6] = 77
+    go.set()
+    Transfer(link, p, d, "fence", [0], [10]).run()
+    assert (d.pages.array[:, :6] == 77).all()
+    assert d.news_of("a") == []
+    assert check(kit).num_pinned == 0
 
 
 def test_keys_of_other_pages_are_refused(kit):

@@ -254,6 +254,35 @@ def test_a_source_page_is_not_read_after_sent(kit):
     assert np.array_equal(d.pages.array[:, :16], expected)
 
 
+def test_the_rest_of_a_piece_is_discarded_after_abort(kit):
+    """The blocks are reused at once, while the piece is still arriving."""
+    d = kit.side("decode-0")
+    expect(d, "a", [0, 1])
+    expect(d, "fence", [5])
+    with RawProducer(d) as raw:
+        raw.header("a", 0, 0, 2)
+        raw.pages(1)
+        wait_for_pages(d, 0, [0], 1)
+        d.transport.abort("a")
+        d.pages.array[:, :2] = 77
+        raw.pages(1)
+        raw.layer("a", 1, 0, 2)
+        for layer in range(3):
+            raw.layer("fence", layer, 0, 1)
+        d.transport.commit("fence", 3)
+        d.wait(Arrived, "fence")
+    assert (d.pages.array[:, :2] == 77).all()
+    assert d.news_of("a") == []
+
+
+def wait_for_pages(side, layer, blocks, value):
+    """The pages are the only sign of what has arrived so far."""
+    end = time.monotonic() + DEADLINE_S
+    while not (side.pages.array[layer, blocks] == value).all():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
 # ---- hostile bytes
 
 
@@ -329,8 +358,7 @@ def test_another_producers_transfer_is_not_to_be_touched(kit):
     expect(d, "a", [0, 1])
     with RawProducer(d) as first, RawProducer(d) as second:
         first.layer("a", 0, 0, 2)
-        while not (d.pages.array[0, :2] == 1).all():
-            time.sleep(0.001)  # the pages are the only sign of it
+        wait_for_pages(d, 0, [0, 1], 1)
         second.layer("a", 1, 0, 2, value=9)
         second.assert_dropped()
         first.layer("a", 1, 0, 2)
