@@ -128,7 +128,7 @@ def test_selection():
     kernels, cpu = load_kernels(), torch.device("cpu")
     pick = lambda dim, dtype, k: type(select_attention(AttentionShape(2, 1, dim), dtype, cpu, k))  # noqa: E731
     assert pick(32, torch.float32, kernels) is CpuAttention
-    assert pick(12, torch.float32, kernels) is SdpaAttention  # no whole vectors
+    assert pick(18, torch.float32, kernels) is SdpaAttention  # no whole vectors
     assert pick(512, torch.float32, kernels) is SdpaAttention
     assert pick(32, torch.bfloat16, kernels) is SdpaAttention
     assert pick(32, torch.float32, None) is SdpaAttention

@@ -83,7 +83,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option(
             "kv-cache-memory",
             _byte_count,
-            "KV pool of each rank, as bytes or like 2GiB (default: 512MiB or 10%% of the memory, "
+            "KV pool of each rank, as bytes or like 2GiB (default: 256MiB or 10%% of the memory, "
             "more for large models)",
             "BYTES",
         ),

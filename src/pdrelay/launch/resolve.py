@@ -13,7 +13,7 @@ from pdrelay.launch.topology import PrefillDecode, num_ranks, tensor_parallel_si
 from pdrelay.launch.units import format_bytes
 from pdrelay.model.config import ModelConfig, is_built_in, kv_layout
 
-_AUTO_KV_BYTES = 512 << 20
+_AUTO_KV_BYTES = 256 << 20
 _AUTO_KV_SHARE = 0.10  # of the machine's memory, a rank
 _LARGE_KV_SHARE = 0.25  # of the machine's memory, all ranks, where one request needs more
 
