@@ -11,7 +11,6 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from socket import socket
 from typing import Any, Protocol
@@ -23,6 +22,7 @@ from pdrelay.launch.config import ServeConfig
 from pdrelay.launch.host import inspect_host
 from pdrelay.launch.instance import Listener
 from pdrelay.launch.listen import BACKLOG, listen, url_of
+from pdrelay.launch.plan import Plan
 from pdrelay.launch.preflight import check_files, check_memory, check_topology, describe
 from pdrelay.launch.process import WORKER_COMMAND
 from pdrelay.launch.ranks import RankPlan
@@ -33,7 +33,7 @@ from pdrelay.launch.shared_pool import SharedPool, open_shared_pool
 from pdrelay.launch.stop_signals import StopSignals
 from pdrelay.launch.supervisor import State, Supervisor, SupervisorOptions
 from pdrelay.launch.topology import InstanceSpec, instances
-from pdrelay.model.config import ModelConfig, load_model_config
+from pdrelay.model.config import load_model_config
 
 _WORKER_EXIT_S = 10.0  # for a drained worker to exit on its own
 _CLOSE_S = 2.0  # for handlers of failed requests to answer
@@ -42,23 +42,13 @@ _CLOSE_S = 2.0  # for handlers of failed requests to answer
 class FrontDoor(Listener, Protocol):
     """The HTTP side, and who talks to the ranks."""
 
-    app: web.Application
+    runner: web.AppRunner  # its shutdown timeout is the drain timeout
 
     def drain_workers(self) -> None:
         """Tell every worker to finish what runs and exit."""
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Flush and release what it holds. Called once, last."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything known before the first process starts."""
-
-    config: ServeConfig
-    model: ModelConfig
-    resolved: ResolvedConfig
-    specs: list[InstanceSpec]
 
 
 # (plan, why an instance is down or "") -> the front door
@@ -148,13 +138,6 @@ class _Server:
             log=_log,
             on_death=self._reclaim,
         )
-        # The HTTP side runs while workers load, so that /health says 503 instead of nothing.
-        self._runner = web.AppRunner(
-            self._front_door.app,
-            access_log=None,
-            handler_cancellation=True,
-            shutdown_timeout=plan.config.drain_timeout_s,
-        )
         self._closing: asyncio.Task[None] | None = None
 
     def _down(self) -> dict[str, str]:
@@ -174,19 +157,21 @@ class _Server:
     async def run(self) -> None:
         with StopSignals() as stop:
             try:
-                await self._runner.setup()
-                await web.SockSite(self._runner, self._sock, backlog=BACKLOG).start()
+                # HTTP answers while workers load, so that /health says 503 instead of nothing.
+                runner = self._front_door.runner
+                await runner.setup()
+                await web.SockSite(runner, self._sock, backlog=BACKLOG).start()
                 await self._serve(stop)
             finally:
                 self._remove_ready_file()
                 await self._supervisor.stop()
                 await _within(self._close_http(), _CLOSE_S)
-                await self._front_door.close()
+                self._front_door.close()
 
     def _close_http(self) -> asyncio.Task[None]:
         """Stop accepting and wait for handlers: begun once, awaited by whoever needs it."""
         if self._closing is None:
-            self._closing = asyncio.create_task(self._runner.cleanup())
+            self._closing = asyncio.create_task(self._front_door.runner.cleanup())
         return self._closing
 
     async def _serve(self, stop: StopSignals) -> None:

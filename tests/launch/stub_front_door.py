@@ -125,8 +125,14 @@ class StubFrontDoor(StubListener):
         super().__init__()
         self._down = down
         self._ids = itertools.count()
-        self.app = web.Application()
-        self.app.add_routes([web.get("/health", self.health), web.post("/echo", self.echo)])
+        app = web.Application()
+        app.add_routes([web.get("/health", self.health), web.post("/echo", self.echo)])
+        self.runner = web.AppRunner(
+            app,
+            access_log=None,
+            handler_cancellation=True,
+            shutdown_timeout=plan.config.drain_timeout_s,
+        )
 
     async def health(self, request: web.Request) -> web.Response:
         down = self._down()
@@ -149,7 +155,7 @@ class StubFrontDoor(StubListener):
         for link in self.links.values():
             link.send(Drain())
 
-    async def close(self) -> None:
+    def close(self) -> None:
         for link in self.links.values():
             link.close()
 

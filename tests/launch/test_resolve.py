@@ -55,7 +55,7 @@ def test_tiny_on_a_cpu():
     assert (resolved.device, resolved.dtype, resolved.load_format) == ("cpu", "float32", "dummy")
     assert resolved.max_model_len == 16_384
     assert resolved.layout.total_bytes == 256 << 20
-    assert resolved.layout.num_blocks == 8192
+    assert resolved.layout.num_blocks == 4096
     assert resolved.num_threads == 7
     assert resolved.transport == ""
     assert resolved.served_model_name == "tiny"

@@ -242,18 +242,21 @@ typedef struct {
   float scale; /* softmax scale * log2(e) */
 } attention;
 
-/* One tile of one KV head. keys[j] and values[j] point into the pages; k[KEYS / NR][D][NR] is a
- * transposed copy, zero behind the last key; v[KEYS][D] is a plain copy, made where many query rows
- * use it. */
+/* One tile of keys. rows[j] is key j's row [Hkv, D] in its page, its value lies value_offset behind;
+ * next[j] are the rows of the tile to come. For one KV head at a time: k[KEYS / NR][D][NR], a
+ * transposed copy, zero behind the last key, and v[KEYS][D], a plain copy that is made where many
+ * query rows use it. */
 typedef struct {
-  const float *keys[KEYS], *values[KEYS];
+  const float *rows[KEYS], *next[KEYS];
+  long num_keys, value_offset;
   float *k, *v;
 } tile;
 
 #if defined(__AVX512F__)
-INLINE void transpose_16(const float *const *rows, long d, long n, float *dst) {
+INLINE void transpose_16(const float *const *rows, long column, long n, float *dst) {
   __m512 a[16], b[16];
-  UNROLL for (int i = 0; i < 16; i++) a[i] = i < n ? _mm512_loadu_ps(rows[i] + d) : _mm512_setzero_ps();
+  UNROLL for (int i = 0; i < 16; i++)
+      a[i] = i < n ? _mm512_loadu_ps(rows[i] + column) : _mm512_setzero_ps();
   UNROLL for (int i = 0; i < 16; i += 2) {
     b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
     b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
@@ -278,54 +281,53 @@ INLINE void transpose_16(const float *const *rows, long d, long n, float *dst) {
 }
 #endif
 
-static void pack_tile(const attention *a, long h, long k0, long n, tile *t) {
-  long D = a->D, row = a->Hkv * D, bs = a->block_size, v_offset = bs * row;
-  long used = (n + NR - 1) / NR * NR, index = k0 / bs, offset = k0 % bs;
+static void locate(const attention *a, long k0, long n, const float **rows) {
+  long row = a->Hkv * a->D, bs = a->block_size, index = k0 / bs, offset = k0 % bs;
   for (long j = 0; j < n; j++) {
-    t->keys[j] = a->kv + ((long)a->table[index] * 2 * bs + offset) * row + h * D;
-    t->values[j] = t->keys[j] + v_offset;
+    rows[j] = a->kv + ((long)a->table[index] * 2 * bs + offset) * row;
     if (++offset == bs) offset = 0, index++;
   }
-  if (a->length > 1)
+}
+
+/* `direct` (one query): values are read from the pages, so only keys are copied; and as a tile is
+ * used once a head, the same places of the next tile are asked for meanwhile: pages lie scattered,
+ * the hardware does not foresee them. */
+INLINE void pack_tile(const int direct, const attention *a, long h, tile *t) {
+  long D = a->D, n = t->num_keys, used = (n + NR - 1) / NR * NR;
+  if (!direct)
     for (long j = 0; j < n; j++)
-      for (long d = 0; d < D; d += VL) store(t->v + j * D + d, load(t->values[j] + d));
+      for (long d = 0; d < D; d += VL)
+        store(t->v + j * D + d, load(t->rows[j] + t->value_offset + h * D + d));
   for (long j = 0; j < used; j += VL) {
     float *dst = t->k + j / NR * NR * D + j % NR;
+    for (long d = 0; d < D; d += VL) {
 #if defined(__AVX512F__)
-    for (long d = 0; d < D; d += VL) transpose_16(t->keys + j, d, n - j, dst + d * NR);
+      transpose_16(t->rows + j, h * D + d, n - j, dst + d * NR);
 #else
-    for (long i = 0; i < VL; i++)
-      for (long d = 0; d < D; d++) dst[d * NR + i] = j + i < n ? t->keys[j + i][d] : 0.0f;
+      for (long i = 0; i < VL; i++)
+        for (long c = d; c < d + VL; c++)
+          dst[c * NR + i] = j + i < n ? t->rows[j + i][h * D + c] : 0.0f;
 #endif
-  }
-}
-
-/* Ask for keys k0 .. k0 + n of all heads: pages lie scattered, the hardware does not foresee them. */
-static void prefetch_keys(const attention *a, long k0, long n) {
-  long row = a->Hkv * a->D, bs = a->block_size;
-  for (long k = k0; k < k0 + n;) {
-    long offset = k % bs, count = min_l(bs - offset, k0 + n - k);
-    const float *p = a->kv + ((long)a->table[k / bs] * 2 * bs + offset) * row;
-    for (long i = 0; i < count * row; i += 16) {
-      __builtin_prefetch(p + i, 0, 2);
-      __builtin_prefetch(p + bs * row + i, 0, 2);
+      if (direct)
+        UNROLL for (int i = 0; i < VL; i++) __builtin_prefetch(t->next[j + i] + h * D + d);
     }
-    k += count;
   }
 }
 
-/* out = out * alpha + p @ values over `limit` keys, for nv vectors of the head from column d on.
- * `direct`: values come from the pages, not from the tile's copy. */
+/* out = out * alpha + p @ values over `limit` keys, for nv vectors of head h from column d on. */
 INLINE void weigh_values(const int mr, const int nv, const int direct, float p[MR][KEYS],
-                         const float *alpha, const tile *t, long D, long d, long limit,
+                         const float *alpha, const tile *t, long h, long D, long d, long limit,
                          float *const *out) {
   vec acc[MR][NV];
   UNROLL for (int i = 0; i < mr; i++) UNROLL for (int c = 0; c < nv; c++)
       acc[i][c] = load(out[i] + d + c * VL) * splat(alpha[i]);
   for (long k = 0; k < limit; k++) {
-    const float *value = (direct ? t->values[k] : t->v + k * D) + d;
+    const float *value = direct ? t->rows[k] + t->value_offset + h * D + d : t->v + k * D + d;
     vec w[NV];
     UNROLL for (int c = 0; c < nv; c++) w[c] = load(value + c * VL);
+    if (direct)
+      UNROLL for (int c = 0; c < nv; c++)
+          __builtin_prefetch(t->next[k] + t->value_offset + h * D + d + c * VL);
     UNROLL for (int i = 0; i < mr; i++) {
       vec pi = splat(p[i][k]);
       UNROLL for (int c = 0; c < nv; c++) acc[i][c] += pi * w[c];
@@ -337,7 +339,7 @@ INLINE void weigh_values(const int mr, const int nv, const int direct, float p[M
 
 /* Query rows r .. r + mr of KV head h (row = token * group + head in group) against one tile. */
 INLINE void attend_rows(const int mr, const int direct, const attention *a, long h, long k0,
-                        long n, long r, const tile *t, float *m, float *l) {
+                        long r, const tile *t, float *m, float *l) {
   long D = a->D, group = a->Hq / a->Hkv;
   const float *q[MR];
   float *out[MR], alpha[MR], p[MR][KEYS] __attribute__((aligned(64)));
@@ -346,7 +348,7 @@ INLINE void attend_rows(const int mr, const int direct, const attention *a, long
     long token = (r + i) / group, head = h * group + (r + i) % group;
     q[i] = a->q + token * a->q_stride + head * D;
     out[i] = a->out + (token * a->Hq + head) * D;
-    visible[i] = min_l(n, a->context + token - k0 + 1);
+    visible[i] = min_l(t->num_keys, a->context + token - k0 + 1);
   }
   long limit = visible[mr - 1], padded = (limit + NR - 1) / NR * NR;
   for (long j = 0; j < padded; j += NR) {
@@ -380,53 +382,62 @@ INLINE void attend_rows(const int mr, const int direct, const attention *a, long
     l[r + i] = l[r + i] * alpha[i] + sum(total);
   }
   long d = 0;
-  for (; d + NR <= D; d += NR) weigh_values(mr, NV, direct, p, alpha, t, D, d, limit, out);
-  for (; d + 2 * VL <= D; d += 2 * VL) weigh_values(mr, 2, direct, p, alpha, t, D, d, limit, out);
-  for (; d < D; d += VL) weigh_values(mr, 1, direct, p, alpha, t, D, d, limit, out);
+  for (; d + NR <= D; d += NR) weigh_values(mr, NV, direct, p, alpha, t, h, D, d, limit, out);
+  for (; d + 2 * VL <= D; d += 2 * VL) weigh_values(mr, 2, direct, p, alpha, t, h, D, d, limit, out);
+  for (; d < D; d += VL) weigh_values(mr, 1, direct, p, alpha, t, h, D, d, limit, out);
 }
 
-static void attend_tile(const attention *a, long h, long k0, tile *t, float *m, float *l) {
+INLINE void attend_tile(const int direct, const attention *a, long h, long k0, tile *t, float *m,
+                        float *l) {
   long group = a->Hq / a->Hkv, rows = a->length * group;
-  long n = min_l(KEYS, a->context + a->length - k0);
-  int direct = a->length == 1;
-  pack_tile(a, h, k0, n, t);
-#define ROWS(mr)                                     \
-  if (direct)                                        \
-    attend_rows(mr, 1, a, h, k0, n, r, t, m, l);     \
-  else                                               \
-    attend_rows(mr, 0, a, h, k0, n, r, t, m, l);     \
-  break
+  pack_tile(direct, a, h, t);
   for (long r = max_l(0, k0 - a->context) * group; r < rows; r += MR) {
     switch (rows - r) {
-      case 1: ROWS(1);
-      case 2: ROWS(2);
-      case 3: ROWS(3);
-      case 4: ROWS(4);
-      case 5: ROWS(5);
-      default: ROWS(MR);
+      case 1: attend_rows(1, direct, a, h, k0, r, t, m, l); break;
+      case 2: attend_rows(2, direct, a, h, k0, r, t, m, l); break;
+      case 3: attend_rows(3, direct, a, h, k0, r, t, m, l); break;
+      case 4: attend_rows(4, direct, a, h, k0, r, t, m, l); break;
+      case 5: attend_rows(5, direct, a, h, k0, r, t, m, l); break;
+      default: attend_rows(MR, direct, a, h, k0, r, t, m, l);
     }
   }
-#undef ROWS
+}
+
+/* One query: all heads of a tile together, so that pages stream once. */
+static void attend_one(const attention *a, tile *t, float *m, float *l) {
+  long group = a->Hq / a->Hkv, num_keys = a->context + 1, n = min_l(KEYS, num_keys);
+  locate(a, 0, n, t->next);
+  for (long k0 = 0; k0 < num_keys; k0 += KEYS) {
+    t->num_keys = n;
+    memcpy(t->rows, t->next, n * sizeof *t->rows);
+    n = max_l(0, min_l(KEYS, num_keys - k0 - KEYS));
+    locate(a, k0 + KEYS, n, t->next);
+    for (long j = n; j < KEYS; j++) t->next[j] = t->rows[0];
+    for (long h = 0; h < a->Hkv; h++) attend_tile(1, a, h, k0, t, m + h * group, l + h * group);
+  }
+}
+
+/* Many queries: head by head, so that a head's output rows stay in cache from tile to tile. */
+static void attend_many(const attention *a, tile *t, float *m, float *l) {
+  long rows = a->length * a->Hq / a->Hkv, num_keys = a->context + a->length;
+  for (long h = 0; h < a->Hkv; h++)
+    for (long k0 = 0; k0 < num_keys; k0 += KEYS) {
+      t->num_keys = min_l(KEYS, num_keys - k0);
+      locate(a, k0, t->num_keys, t->rows);
+      attend_tile(0, a, h, k0, t, m + h * rows, l + h * rows);
+    }
 }
 
 /* m and l hold length * Hq floats. */
 static void attend(const attention *a, tile *t, float *m, float *l) {
   long group = a->Hq / a->Hkv, rows = a->length * group, D = a->D;
-  long num_keys = a->context + a->length;
   memset(a->out, 0, a->length * a->Hq * D * sizeof(float));
   for (long i = 0; i < rows * a->Hkv; i++) m[i] = -1e30f, l[i] = 0.0f;
-  if (a->length == 1) { /* pages stream once, all heads of a tile together */
-    for (long k0 = 0; k0 < num_keys; k0 += KEYS)
-      for (long h = 0; h < a->Hkv; h++) {
-        long share = KEYS / a->Hkv + 1, ahead = k0 + KEYS + h * share;
-        prefetch_keys(a, ahead, max_l(0, min_l(share, num_keys - ahead)));
-        attend_tile(a, h, k0, t, m + h * rows, l + h * rows);
-      }
-  } else { /* a head's output rows stay in cache from tile to tile */
-    for (long h = 0; h < a->Hkv; h++)
-      for (long k0 = 0; k0 < num_keys; k0 += KEYS)
-        attend_tile(a, h, k0, t, m + h * rows, l + h * rows);
-  }
+  t->value_offset = a->block_size * a->Hkv * D;
+  if (a->length == 1)
+    attend_one(a, t, m, l);
+  else
+    attend_many(a, t, m, l);
   for (long h = 0; h < a->Hkv; h++)
     for (long r = 0; r < rows; r++) {
       float *o = a->out + (r / group * a->Hq + h * group + r % group) * D;
