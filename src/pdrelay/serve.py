@@ -27,7 +27,7 @@ from pdrelay.launch.preflight import check_files, check_memory, check_topology, 
 from pdrelay.launch.process import WORKER_COMMAND
 from pdrelay.launch.ranks import RankPlan
 from pdrelay.launch.ready_file import write_ready_file
-from pdrelay.launch.resolve import ResolvedConfig, resolve
+from pdrelay.launch.resolve import resolve
 from pdrelay.launch.run_dir import RunDir
 from pdrelay.launch.shared_pool import SharedPool, open_shared_pool
 from pdrelay.launch.stop_signals import StopSignals

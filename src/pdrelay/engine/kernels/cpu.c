@@ -309,7 +309,7 @@ INLINE void pack_tile(const int direct, const attention *a, long h, tile *t) {
           dst[c * NR + i] = j + i < n ? t->rows[j + i][h * D + c] : 0.0f;
 #endif
       if (direct)
-        UNROLL for (int i = 0; i < VL; i++) __builtin_prefetch(t->next[j + i] + h * D + d);
+        UNROLL for (int i = 0; i < VL; i++) __builtin_prefetch(t->next[j + i] + h * D + d, 0, 2);
     }
   }
 }
@@ -327,7 +327,7 @@ INLINE void weigh_values(const int mr, const int nv, const int direct, float p[M
     UNROLL for (int c = 0; c < nv; c++) w[c] = load(value + c * VL);
     if (direct)
       UNROLL for (int c = 0; c < nv; c++)
-          __builtin_prefetch(t->next[k] + t->value_offset + h * D + d + c * VL);
+          __builtin_prefetch(t->next[k] + t->value_offset + h * D + d + c * VL, 0, 2);
     UNROLL for (int i = 0; i < mr; i++) {
       vec pi = splat(p[i][k]);
       UNROLL for (int c = 0; c < nv; c++) acc[i][c] += pi * w[c];

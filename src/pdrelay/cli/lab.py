@@ -1,0 +1,212 @@
+"""`pdrelay lab`: measure the topologies against each other and write the report."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pdrelay.cli.options import Option, add_options, choice, integer, number, read_options, text
+from pdrelay.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pdrelay.bench.slo import Slo
+    from pdrelay.lab.config import LabConfig, TraceConfig
+
+DEFAULT_TOPOLOGIES = "replicas:2,tp:2,pd:1:1,replicas:1"
+DEFAULT_MODEL = "tiny"
+# For `tiny` on CPU cores: a few times what an idle server needs. Other models: MLPerf's
+# interactive levels of Llama-3.1-8B.
+TINY_SLO = ("ttft:250", "tpot:10")
+FULL_REPEATS = 5
+
+_DESCRIPTION = """\
+Start each topology in turn, run the experiments on it, and write the run directory and its report
+(report.html, summary.json, trace.json).
+
+experiments: 1 TTFT against input length, 2 traffic up to saturation and a trace,
+             3 long prompts over running streams, 4 three shapes side by side
+"""
+_EXAMPLES = """\
+examples:
+  pdrelay lab --quick
+  pdrelay lab --topologies replicas:2,pd:1:1 --experiments 1,3 --out runs/hand-over
+  pdrelay lab --experiments 2 --trace conv.csv --time-scale 0.5 --max-input-len 4096
+"""
+
+GROUPS: Mapping[str, Sequence[Option]] = {
+    "what": [
+        Option("model", text, f"directory or built-in shape ({DEFAULT_MODEL})", "M"),
+        Option(
+            "topologies",
+            text,
+            f"comma-separated replicas:N, tp:N, pd:PREFILL:DECODE ({DEFAULT_TOPOLOGIES})",
+            "LIST",
+        ),
+        Option("experiments", text, "which of the four (1,2,3,4)", "LIST"),
+        Option(
+            "repeats",
+            integer(1, 100),
+            f"repeats, each on fresh servers (quick: 1, else {FULL_REPEATS}; intervals across "
+            "repeats need 5)",
+            "N",
+        ),
+        Option("seed", integer(0, (1 << 31) - 1), "seed of prompts and arrivals (0)", "S"),
+        Option("out", text, "run directory, new or empty (runs/<time>)", "DIR"),
+        Option(
+            "time-limit",
+            number(1.0, 1e6),
+            "leave out what would not fit into so many seconds (quick: 330)",
+            "S",
+        ),
+    ],
+    "trace": [
+        Option("trace", text, "Azure 2023 CSV or Mooncake JSONL for experiment 2", "FILE"),
+        Option("time-scale", number(1e-6, 1e6), "arrival times are multiplied by it (1)", "S"),
+        Option("max-input-len", integer(1, 1 << 24), "cap of prompt tokens", "N"),
+        Option("max-output-len", integer(1, 1 << 24), "cap of output tokens", "N"),
+        Option("trace-duration", number(0.001, 1e9), "seconds of the trace to use", "S"),
+    ],
+    "servers": [
+        Option("transport", choice("mapped", "tcp", "pool"), "how KV moves (mapped)", "T"),
+        Option("engine", choice("native"), "native (default)", "NAME"),
+        Option("device", choice("auto", "cpu", "cuda"), "auto (default), cpu, cuda", "NAME"),
+        Option("dtype", choice("auto", "float32", "bfloat16"), "auto (default)", "NAME"),
+        Option("load-format", choice("auto", "dummy"), "auto (default), dummy", "NAME"),
+        Option("max-model-len", integer(1, 1 << 24), "longest prompt + output", "N"),
+    ],
+}
+_TO_SERVERS = ("engine", "device", "dtype", "load_format", "max_model_len")
+_TRACE_ONLY = ("time_scale", "max_input_len", "max_output_len", "trace_duration")
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Registers `lab`."""
+    parser = subparsers.add_parser(
+        "lab",
+        help="measure the topologies against each other and write the report",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="one repeat with few samples, within 6 minutes"
+    )
+    parser.add_argument(
+        "--goodput",
+        nargs="+",
+        metavar="NAME:MS",
+        help=f"service level (tiny: {' '.join(TINY_SLO)}; else ttft:500 tpot:30)",
+    )
+    add_options(parser, GROUPS)
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Raises ConfigError, and LaunchError when no server starts."""
+    config = lab_config(args)
+    from rich.console import Console
+
+    from pdrelay.lab.progress import RichReporter
+    from pdrelay.lab.report.build import build_report
+    from pdrelay.lab.report.tables import print_summary
+    from pdrelay.lab.run import run_lab_blocking
+    from pdrelay.lab.server import ChildLauncher
+
+    with RichReporter() as reporter:
+        run_lab_blocking(config, ChildLauncher(config.startup_timeout_s), reporter)
+    built = build_report(config.out)
+    print_summary(built.summary, Console())
+    print(f"report: {built.report}")
+    return 0
+
+
+def lab_config(args: argparse.Namespace) -> LabConfig:
+    """Validated settings. Raises ConfigError."""
+    from dataclasses import replace
+
+    from pdrelay.lab.config import FULL, QUICK, LabConfig
+    from pdrelay.lab.topology import parse_topologies
+
+    options = [option for group in GROUPS.values() for option in group]
+    values = read_options(options, vars(args), None)
+    scale = QUICK if args.quick else FULL
+    if "time_limit" in values:
+        scale = replace(scale, budget_s=values["time_limit"])
+    model = values.get("model", DEFAULT_MODEL)
+    return LabConfig(
+        model=model,
+        topologies=tuple(parse_topologies(values.get("topologies", DEFAULT_TOPOLOGIES))),
+        out=_out(values),
+        scale=scale,
+        quick=args.quick,
+        slo=_slo(args.goodput, model),
+        experiments=_experiments(values.get("experiments", "1,2,3,4")),
+        repeats=values.get("repeats", 1 if args.quick else FULL_REPEATS),
+        seed=values.get("seed", 0),
+        trace=_trace(values),
+        serve_args=tuple(_serve_args(values)),
+        argv=("pdrelay", *sys.argv[1:]),
+    )
+
+
+def _out(values: Mapping[str, Any]) -> Path:
+    if "out" in values:
+        return Path(values["out"])
+    return Path("runs") / datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+
+
+def _slo(goodput: list[str] | None, model: str) -> Slo:
+    from pdrelay.bench.slo import parse_goodput, slo_preset
+
+    if goodput:
+        return parse_goodput(goodput)
+    if model == DEFAULT_MODEL:
+        return parse_goodput(TINY_SLO)
+    return slo_preset("llama3.1-8b-interactive")
+
+
+def _experiments(given: str) -> tuple[str, ...]:
+    from pdrelay.lab.rundir import EXPERIMENTS
+
+    numbers = {str(index): name for index, name in enumerate(EXPERIMENTS, 1)}
+    chosen = [part.strip() for part in given.split(",") if part.strip()]
+    unknown = [part for part in chosen if part not in numbers]
+    if unknown or not chosen:
+        raise ConfigError(
+            f"--experiments is {given!r}; it must name some of 1, 2, 3, 4, such as 1,3"
+        )
+    return tuple(name for number_, name in numbers.items() if number_ in chosen)
+
+
+def _trace(values: Mapping[str, Any]) -> TraceConfig | None:
+    from pdrelay.lab.config import TraceConfig
+
+    if "trace" not in values:
+        alone = [key for key in _TRACE_ONLY if key in values]
+        if alone:
+            flag = alone[0].replace("_", "-")
+            raise ConfigError(f"--{flag} needs --trace: give the trace file, or leave it out")
+        return None
+    path = Path(values["trace"])
+    if not path.is_file():
+        raise ConfigError(f"--trace {path} is no file: give an Azure CSV or Mooncake JSONL file")
+    return TraceConfig(
+        path=path,
+        time_scale=values.get("time_scale", 1.0),
+        max_input_len=values.get("max_input_len"),
+        max_output_len=values.get("max_output_len"),
+        duration_s=values.get("trace_duration"),
+    )
+
+
+def _serve_args(values: Mapping[str, Any]) -> list[str]:
+    """Flags for `pdrelay serve`; the transport is one of P/D but every topology takes it."""
+    arguments: list[str] = []
+    for key in ("transport", *_TO_SERVERS):
+        if key in values:
+            arguments += [f"--{key.replace('_', '-')}", str(values[key])]
+    return arguments

@@ -1,0 +1,90 @@
+"""The router, given the instances that the launcher supervises."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from pdrelay.core.messages import Drain
+from pdrelay.errors import WorkerLostError
+from pdrelay.launch.config import ServeConfig
+from pdrelay.launch.instance import Instance
+from pdrelay.launch.plan import Plan
+from pdrelay.model.generation_config import load_generation_config
+from pdrelay.model.tokenizer import load_tokenizer
+from pdrelay.router.app import build_app
+from pdrelay.router.bridge import Bridge
+from pdrelay.router.cluster import Cluster
+from pdrelay.router.config import ModelInfo, RouterConfig
+from pdrelay.router.engine_client import StreamEngineClient
+from pdrelay.router.event_log import EventLog
+from pdrelay.router.server import make_runner
+
+_MAX_PING_INTERVAL_S = 1.0
+_MAX_ANSWER_TIMEOUT_S = 15.0  # after which /health says 503, long before the worker is killed
+
+
+def router_config(config: ServeConfig) -> RouterConfig:
+    router = RouterConfig(
+        api_key=config.api_key,
+        request_timeout_s=config.request_timeout_s,
+        drain_timeout_s=config.drain_timeout_s,
+    )
+    if config.max_num_requests is not None:
+        router = replace(router, max_num_requests=config.max_num_requests)
+    return router
+
+
+def model_info(plan: Plan) -> ModelInfo:
+    """Raises ModelError for a broken tokenizer or generation_config.json."""
+    model = plan.config.engine.model
+    return ModelInfo(
+        served_model_name=plan.resolved.served_model_name,
+        root=model,
+        max_model_len=plan.resolved.max_model_len,
+        tokenizer=load_tokenizer(model, plan.model),
+        generation=load_generation_config(model, plan.model),
+        created=int(time.time()),
+    )
+
+
+class RouterFrontDoor:
+    """The router as `pdrelay.serve.FrontDoor`."""
+
+    def __init__(self, plan: Plan, down: Callable[[], dict[str, str]]) -> None:
+        """`down`: instance id to why it is not ready. Raises ConfigError and ModelError."""
+        timeout_s = plan.config.worker_timeout_s
+        self._clients = [
+            StreamEngineClient(
+                spec.instance,
+                spec.role,
+                ping_interval_s=min(_MAX_PING_INTERVAL_S, timeout_s / 4),
+                answer_timeout_s=min(_MAX_ANSWER_TIMEOUT_S, timeout_s),
+            )
+            for spec in plan.specs
+        ]
+        cluster = Cluster(self._clients)
+        self._bridge = Bridge(self._clients, lambda instance, reason: cluster.forget(instance))
+        model = model_info(plan)
+        self._event_log = EventLog(plan.config.event_log)
+        config = router_config(plan.config)
+        self.runner = make_runner(build_app(config, model, cluster, self._event_log, down), config)
+
+    def on_started(self, instance: Instance, sock: socket.socket) -> None:
+        self._bridge.on_started(instance, sock)
+
+    def on_exited(self, instance: Instance, reason: str) -> None:
+        self._bridge.on_exited(instance, reason)
+
+    def drain_workers(self) -> None:
+        for client in self._clients:
+            with contextlib.suppress(WorkerLostError):
+                client.send(Drain())
+
+    def close(self) -> None:
+        for client in self._clients:
+            client.close()
+        self._event_log.close()

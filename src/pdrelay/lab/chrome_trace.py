@@ -1,0 +1,174 @@
+"""A Chrome trace (Perfetto, chrome://tracing) of all requests: a process per instance and link.
+
+Format: Chromium's "Trace Event Format", JSON object form. Times are µs after the first event.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from pdrelay.core.events import Event, EventKind, RequestRecord
+from pdrelay.lab.rundir import Run, TopologyData
+from pdrelay.lab.topology import label_of
+
+_CLIENT_SIDE = "router"
+TraceEvent = dict[str, Any]
+
+
+def chrome_trace(run: Run) -> dict[str, Any]:
+    """The trace of a run: `{"traceEvents": [...], "displayTimeUnit": "ms"}`.
+
+    Each topology's instances, links and router are processes; requests that overlap on one of
+    them lie on numbered rows (threads). A flow arrow leads from prefill to the transfer to decode.
+    """
+    pids = _Numbers()
+    zero = min(
+        (event.t_ns for data in run.topologies.values() for event in _all_events(data)), default=0
+    )
+    events: list[TraceEvent] = []
+    for name, data in run.topologies.items():
+        spans = [span for record in data.by_client_id.values() for span in spans_of(record)]
+        for track, on_track in _by_track(spans).items():
+            process = f"{label_of(name)} · {track}"
+            pid = pids.number(process)
+            events.append(_metadata(pid, process))
+            events += _rows(on_track, pid, zero, name)
+    return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"model": run.info.model}}
+
+
+class Span:
+    """One piece of work of one request on one track."""
+
+    def __init__(
+        self,
+        track: str,
+        name: str,
+        start_ns: int,
+        end_ns: int,
+        request: RequestRecord,
+        **args: object,
+    ) -> None:
+        self.track = track
+        self.name = name
+        self.start_ns = start_ns
+        self.end_ns = max(start_ns, end_ns)
+        self.request = request
+        self.args = args
+
+
+def spans_of(record: RequestRecord) -> Iterator[Span]:
+    """Routing, prefill, transfer and decode of one request."""
+    first: dict[EventKind, Event] = {}
+    last: dict[EventKind, Event] = {}
+    for event in record.events:
+        first.setdefault(event.kind, event)
+        last[event.kind] = event
+    arrived, routed = first.get(EventKind.ARRIVED), first.get(EventKind.ROUTED)
+    if arrived and routed:
+        yield Span(_CLIENT_SIDE, "route", arrived.t_ns, routed.t_ns, record)
+    start, end = first.get(EventKind.PREFILL_START), first.get(EventKind.PREFILL_END)
+    if start and end:
+        tokens = record.num_prompt_tokens
+        yield Span(start.instance, "prefill", start.t_ns, end.t_ns, record, prompt_tokens=tokens)
+    moved = last.get(EventKind.TRANSFER_END)
+    if moved:
+        begun = first.get(EventKind.TRANSFER_START, moved)
+        yield Span(
+            "link " + " → ".join(record.instances),
+            "transfer",
+            begun.t_ns,
+            moved.t_ns,
+            record,
+            bytes=moved.num_bytes,
+            pieces=moved.num_pieces,
+            busy_us=moved.busy_ns / 1e3,
+            transport=moved.transport,
+        )
+    token = last.get(EventKind.TOKEN)
+    if token:
+        admitted = first.get(EventKind.DECODE_ADMITTED) or first.get(EventKind.FIRST_TOKEN)
+        begin = admitted.t_ns if admitted and admitted.instance == token.instance else token.t_ns
+        output = record.num_output_tokens
+        yield Span(token.instance, "decode", begin, token.t_ns, record, output_tokens=output)
+
+
+def _rows(spans: list[Span], pid: int, zero_ns: int, topology: str) -> Iterator[TraceEvent]:
+    """Complete events, overlapping ones on different rows, and the flow between a request's."""
+    free: list[int] = []
+    busy: list[tuple[int, int]] = []  # (end, row)
+    num_rows = 0
+    for span in sorted(spans, key=lambda span: (span.start_ns, span.end_ns)):
+        while busy and busy[0][0] <= span.start_ns:
+            heapq.heappush(free, heapq.heappop(busy)[1])
+        if free:
+            row = heapq.heappop(free)
+        else:
+            num_rows += 1
+            row = num_rows
+            yield {
+                "ph": "M",
+                "name": "thread_name",
+                "pid": pid,
+                "tid": row,
+                "args": {"name": f"requests, row {row}"},
+            }
+        heapq.heappush(busy, (span.end_ns, row))
+        yield from _complete(span, pid, row, zero_ns, topology)
+
+
+def _complete(span: Span, pid: int, row: int, zero_ns: int, topology: str) -> Iterator[TraceEvent]:
+    start = (span.start_ns - zero_ns) / 1e3
+    request = span.request
+    base: TraceEvent = {"pid": pid, "tid": row, "cat": "request"}
+    yield base | {
+        "ph": "X",
+        "name": span.name,
+        "ts": start,
+        "dur": (span.end_ns - span.start_ns) / 1e3,
+        "args": {
+            "request_id": request.request_id,
+            "client_request_id": request.client_request_id,
+            **span.args,
+        },
+    }
+    if len(request.instances) == 2 and span.name in ("prefill", "decode"):
+        flow = "s" if span.name == "prefill" else "f"
+        extra = {"bp": "e"} if flow == "f" else {}
+        yield (
+            base
+            | {
+                "ph": flow,
+                "name": "hand-over",
+                "id": f"{topology}/{request.request_id}",
+                "ts": start,
+            }
+            | extra
+        )
+
+
+def _by_track(spans: Iterable[Span]) -> dict[str, list[Span]]:
+    tracks: dict[str, list[Span]] = {}
+    for span in spans:
+        tracks.setdefault(span.track, []).append(span)
+    return {name: tracks[name] for name in sorted(tracks, key=lambda t: (t != _CLIENT_SIDE, t))}
+
+
+def _metadata(pid: int, name: str) -> TraceEvent:
+    return {"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "args": {"name": name}}
+
+
+def _all_events(data: TopologyData) -> Iterator[Event]:
+    for record in data.by_client_id.values():
+        yield from record.events
+
+
+class _Numbers:
+    """Gives names numbers, from 1, in the order of asking."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+
+    def number(self, name: str) -> int:
+        return self._numbers.setdefault(name, len(self._numbers) + 1)

@@ -1,0 +1,151 @@
+"""What every experiment needs: the server, seeds, load, and where cases go."""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pdrelay.bench.client import ClosedLoop, LoadResult, OpenLoop, run_load
+from pdrelay.bench.record import ClientRecord
+from pdrelay.bench.request import BenchRequest
+from pdrelay.bench.server_info import ServerInfo
+from pdrelay.bench.token_ids import DEFAULT_VOCAB_SIZE
+from pdrelay.bench.traces import TraceInfo
+from pdrelay.bench.workload import from_lengths
+from pdrelay.lab.config import LabConfig, Scale
+from pdrelay.lab.rundir import STREAM_TAG, Case, CaseInfo, write_case
+from pdrelay.lab.topology import LabTopology
+
+STREAM_INPUT_LEN = 32
+STREAM_WAVES = 200  # more than any run uses up: streams are replaced until they are stopped
+_END_S = 30.0  # for cancelled streams to end
+
+
+@dataclass(frozen=True)
+class Step:
+    """One piece of work. `estimate_s` is for `tiny` on two cores."""
+
+    name: str
+    estimate_s: float
+    run: Callable[[], Awaitable[None]]
+
+
+@dataclass
+class Context:
+    """One started server in one repeat."""
+
+    config: LabConfig
+    topology: LabTopology
+    rep: int
+    url: str
+    server: ServerInfo
+    capacity_rps: float | None = None
+    trace_path: Path | None = None
+    trace: tuple[list[BenchRequest], TraceInfo] | None = None
+
+    @property
+    def scale(self) -> Scale:
+        return self.config.scale
+
+    def seed(self, *parts: object) -> int:
+        """The same for every topology, so that all get the same traffic."""
+        words = "/".join(map(str, (self.config.seed, self.rep, *parts)))
+        return zlib.crc32(words.encode())
+
+    def fits(self, input_len: int, output_len: int) -> bool:
+        limit = self.server.max_model_len
+        return limit is None or input_len + output_len <= limit
+
+    @property
+    def vocab_size(self) -> int:
+        return self.server.vocab_size or DEFAULT_VOCAB_SIZE
+
+    def prompts(
+        self, lengths: Sequence[tuple[int, int]], *seed_parts: object, tag: str = ""
+    ) -> list[BenchRequest]:
+        """Distinct random prompts, one for each (input, output) length."""
+        seed = self.seed(*seed_parts)
+        return from_lengths(lengths, vocab_size=self.vocab_size, seed=seed, tag=tag)
+
+    async def load(
+        self,
+        name: str,
+        requests: Sequence[BenchRequest],
+        mode: OpenLoop | ClosedLoop,
+        stop: asyncio.Event | None = None,
+    ) -> LoadResult:
+        """Send and record. Request ids are unique in the run."""
+        return await run_load(
+            self.url,
+            requests,
+            model=self.server.model,
+            mode=mode,
+            timeout_s=self.config.request_timeout_s,
+            request_id_prefix=f"{self.topology.name}-{self.rep}-{name}",
+            stop=stop,
+        )
+
+    @asynccontextmanager
+    async def streams(self, name: str) -> AsyncIterator[list[ClientRecord]]:
+        """Keeps streams decoding while the body runs; the list holds their records afterwards."""
+        count = self.scale.num_streams
+        output_len = self.scale.stream_output_len
+        limit = self.server.max_model_len
+        if limit is not None:
+            output_len = max(1, min(output_len, limit - STREAM_INPUT_LEN))
+        lengths = [(STREAM_INPUT_LEN, output_len)] * (count * STREAM_WAVES)
+        requests = self.prompts(lengths, name, "streams", tag=STREAM_TAG)
+        stop = asyncio.Event()
+        records: list[ClientRecord] = []
+        load = asyncio.create_task(
+            self.load(f"{name}-streams", requests, ClosedLoop(count), stop=stop)
+        )
+        try:
+            yield records
+        finally:
+            stop.set()
+            result = await asyncio.wait_for(load, _END_S)
+        records.extend(result.records)
+
+    def save(
+        self,
+        experiment: str,
+        case: str,
+        result: LoadResult,
+        *,
+        streams: Sequence[ClientRecord] = (),
+        rate: float | None = None,
+        input_len: int | None = None,
+        output_len: int | None = None,
+        distinct_prompts: bool = True,
+        **parameters: Any,
+    ) -> None:
+        """Write one case. An open loop's window ends with its last arrival."""
+        is_open = isinstance(result.mode, OpenLoop)
+        last_ns = max((record.intended_ns for record in result.records), default=result.start_ns)
+        info = CaseInfo(
+            experiment=experiment,
+            topology=self.topology.name,
+            case=case,
+            rep=self.rep,
+            seed=self.config.seed,
+            mode="open" if is_open else "closed",
+            window_start_ns=result.start_ns,
+            window_end_ns=last_ns if is_open else result.end_ns,
+            rate=rate,
+            input_len=input_len,
+            output_len=output_len,
+            distinct_prompts=distinct_prompts,
+            parameters=parameters,
+        )
+        write_case(self.config.out, Case(info, [*streams, *result.records]))
+
+
+def prefill_s(tokens: int) -> float:
+    """Prefill of `tiny` in float32 on one core, roughly; for estimates only."""
+    return 7.5e-5 * tokens + 2.67e-8 * tokens**2

@@ -1,0 +1,249 @@
+"""Every figure that the report shows, as `summary.json` holds it. Milliseconds unless named.
+
+The HTML and the terminal tables are drawn from these structs alone, so nothing is shown that the
+file does not hold.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from pdrelay.lab.rundir import RunInfo
+from pdrelay.lab.stats import Estimate
+
+SCHEMA_VERSION = 1
+STALL = 5.0  # times the quiet median ITL
+Severity = Literal["error", "warning", "info"]
+
+
+class TopologyFigures(msgspec.Struct, kw_only=True):
+    """One topology as it was started."""
+
+    name: str
+    label: str
+    num_gpus: int
+    argv: list[str]
+    startup_s: list[float]
+    bytes_per_token: int | None  # KV, all ranks of an instance
+    peak_rss_bytes: dict[str, int]  # by instance, the largest of its ranks
+    resolved: dict[str, dict[str, str]]  # by instance
+
+
+class TtftRow(msgspec.Struct, kw_only=True):
+    """TTFT at one input length. `hand_over` is the first gap minus the request's median later gap:
+    what a client sees of the hand-over."""
+
+    topology: str
+    condition: str  # idle | busy
+    input_len: int
+    ttft: Estimate
+    ttft_p90: Estimate
+    ttst: Estimate
+    hand_over: Estimate
+    samples: list[float]  # TTFTs, only where there is no percentile
+
+
+class RatioRow(msgspec.Struct, kw_only=True):
+    """P/D over another topology, same condition and input length or case."""
+
+    topology: str  # the P/D one
+    versus: str
+    case: str
+    input_len: int | None
+    metric: str
+    ratio: Estimate
+
+
+class TrafficRow(msgspec.Struct, kw_only=True):
+    """One offered load on one topology."""
+
+    topology: str
+    case: str
+    workload: str
+    rate: float | None  # requests/s offered
+    rate_fraction: float | None  # of the baseline's measured capacity
+    num_requests: int
+    num_failed: int
+    ttft: Estimate
+    ttft_p90: Estimate
+    ttft_p99: Estimate
+    itl: Estimate
+    itl_p99: Estimate
+    tpot: Estimate
+    attainment: Estimate  # share of offered requests that met the service level
+    goodput: Estimate  # good requests/s a GPU
+    completed_rate: Estimate  # requests/s
+    output_rate: Estimate  # tokens/s
+    sustained: bool
+
+
+class Distribution(msgspec.Struct, kw_only=True):
+    """A set of ITL gaps."""
+
+    p50: Estimate
+    p90: Estimate
+    p99: Estimate
+    worst: float | None
+    n: int
+    cdf: list[tuple[float, float]]  # (gap, share at or below), thinned
+
+
+class InterferenceRow(msgspec.Struct, kw_only=True):
+    """Streams decode; long prompts arrive.
+
+    quiet: gaps before the first long prompt. busy: gaps that overlap [a long prompt's sending, its
+    first token]. period: all gaps between the first long prompt's sending and the last's first
+    token, whether or not one was being prefilled. stalled: the share of the busy gaps' time that
+    lies in gaps longer than STALL times the quiet median; a percentile of gaps misses it where some
+    streams stall and others go on, because a stalled stream has few gaps.
+    """
+
+    topology: str
+    num_streams: int
+    long_input_len: int
+    num_long: int
+    quiet: Distribution
+    busy: Distribution
+    period: Distribution
+    long_ttft: Estimate
+    stalled: Estimate
+    factor: float | None  # busy at `factor_percentile` over quiet p50
+    factor_percentile: float | None  # the highest whose sample floor the busy gaps meet
+
+
+class ShapeRow(msgspec.Struct, kw_only=True):
+    """One of the handout's shapes on one topology."""
+
+    topology: str
+    case: str
+    input_len: int
+    output_len: int
+    rate: float | None
+    ttft: Estimate
+    itl: Estimate
+    e2e: Estimate
+    output_rate: Estimate
+
+
+class PhaseRow(msgspec.Struct, kw_only=True):
+    """Mean TTFT by phase, so that the phases add up to the mean TTFT.
+
+    route: intended send to instances chosen. wait: to the first chunk's start. prefill: to the end
+    of the last chunk. transfer: hand-over that delayed the first token. return_: the rest, until
+    the client has the token. `hidden_transfer` is what was still to move after prefill ended.
+    """
+
+    topology: str
+    condition: str
+    input_len: int
+    n: int
+    route: float
+    wait: float
+    prefill: float
+    transfer: float
+    return_: float
+    hidden_transfer: float | None  # None: co-located
+
+    @property
+    def total(self) -> float:
+        return self.route + self.wait + self.prefill + self.transfer + self.return_
+
+
+class TransferRow(msgspec.Struct, kw_only=True):
+    """KV hand-overs of one experiment and input length. Times are medians over the transfers."""
+
+    topology: str
+    experiment: str
+    input_len: str  # one length, or a range
+    transport: str
+    n: int
+    num_bytes: float
+    num_pieces: float
+    busy_ms: float
+    gb_per_s: float | None  # bytes over busy time
+    wall_ms: float
+    overlap: float | None  # share of the transfer's wall time that lies within prefill
+    tail_ms: float  # transfer end after prefill end
+    bytes_matched: int
+    bytes_wrong: int
+    bytes_unverified: int  # the consumer's cached blocks are not in the record
+    first_wrong: str  # which request, and both numbers
+
+
+class Segment(msgspec.Struct, kw_only=True):
+    """One bar of a timeline lane, ms after the client's intended send."""
+
+    start: float
+    end: float
+    label: str
+    kind: str  # wait | route | prefill | transfer | decode | stream
+
+
+class Lane(msgspec.Struct, kw_only=True):
+    name: str
+    segments: list[Segment]
+    marks: list[tuple[float, str]]  # instants: tokens, reservations
+
+
+class Timeline(msgspec.Struct, kw_only=True):
+    """The life of one request."""
+
+    topology: str
+    request_id: str
+    num_prompt_tokens: int
+    ttft: float
+    until: float  # right edge, ms
+    lanes: list[Lane]
+
+
+class CaseFlag(msgspec.Struct, kw_only=True):
+    """Why a case's figures may not be believed, or how they are qualified."""
+
+    topology: str
+    experiment: str
+    case: str
+    rep: int
+    code: str
+    severity: Severity
+    message: str
+
+
+class Sentence(msgspec.Struct, kw_only=True):
+    """One sentence of the verdict. `rule` names the rule in lab/verdict.py that made it."""
+
+    rule: str
+    tone: Literal["good", "bad", "neutral"]
+    text: str
+
+
+class Verdict(msgspec.Struct, kw_only=True):
+    """`decision` is for the first P/D topology."""
+
+    decision: Literal["disaggregate", "do-not-disaggregate", "depends", "no-evidence"]
+    headline: str
+    sentences: list[Sentence]
+
+
+class Summary(msgspec.Struct, kw_only=True):
+    """`summary.json`."""
+
+    schema_version: int = SCHEMA_VERSION
+    run: RunInfo
+    environment: dict[str, Any]
+    topologies: list[TopologyFigures]
+    verdict: Verdict
+    ttft: list[TtftRow]
+    ratios: list[RatioRow]
+    traffic: list[TrafficRow]
+    interference: list[InterferenceRow]
+    shapes: list[ShapeRow]
+    phases: list[PhaseRow]
+    transfers: list[TransferRow]
+    timelines: list[Timeline]
+    flags: list[CaseFlag]
+    num_cases: int
+
+    def label(self, name: str) -> str:
+        return next((t.label for t in self.topologies if t.name == name), name)

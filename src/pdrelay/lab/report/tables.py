@@ -1,0 +1,126 @@
+"""The summary as terminal tables: the same figures as in the HTML."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from pdrelay.lab import fmt
+from pdrelay.lab.report.figures import Summary
+
+
+def print_summary(summary: Summary, console: Console) -> None:
+    """Verdict and one table an experiment."""
+    for table in (_ttft(summary), _traffic(summary), _interference(summary), _shapes(summary)):
+        if table.row_count:
+            console.print(table)
+    errors = [flag for flag in summary.flags if flag.severity == "error"]
+    warnings = len(summary.flags) - len(errors)
+    console.print(f"{summary.num_cases} cases, {len(errors)} errors, {warnings} warnings")
+    for flag in errors:
+        where = f"{summary.label(flag.topology)}, {flag.experiment} {flag.case}"
+        console.print(f"  {where}: {flag.message}", markup=False, highlight=False)
+    console.print(f"\n{summary.verdict.headline}", markup=False, highlight=False)
+    for sentence in summary.verdict.sentences:
+        console.print(f"- {sentence.text}", markup=False, highlight=False)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    return table
+
+
+def _ttft(summary: Summary) -> Table:
+    """Input lengths down, topologies across."""
+    names = [topology.name for topology in summary.topologies]
+    table = _table("1 TTFT p50, ms [95 % interval]", "input", *map(summary.label, names))
+    cells = {(r.condition, r.input_len, r.topology): r.ttft for r in summary.ttft}
+    for condition, length in dict.fromkeys(
+        sorted(
+            ((r.condition, r.input_len) for r in summary.ttft), key=lambda k: (k[0] != "idle", k)
+        )
+    ):
+        figures = (cells.get((condition, length, name)) for name in names)
+        texts = (fmt.NONE if figure is None else fmt.estimate(figure) for figure in figures)
+        table.add_row(f"{length:,} {condition}", *map(_escape, texts))
+    return table
+
+
+def _traffic(summary: Summary) -> Table:
+    table = _table(
+        "2 traffic",
+        "topology",
+        "workload",
+        "req/s",
+        "TTFT p50, ms",
+        "ITL p50",
+        "ITL p99",
+        "within SLO",
+        "goodput/GPU",
+        "sustained",
+    )
+    for row in summary.traffic:
+        cells = (
+            summary.label(row.topology),
+            row.workload,
+            fmt.number(row.rate),
+            fmt.estimate(row.ttft),
+            fmt.number(row.itl.value) if row.itl.known else row.itl.note,
+            fmt.number(row.itl_p99.value) if row.itl_p99.known else row.itl_p99.note,
+            fmt.share(row.attainment),
+            fmt.estimate(row.goodput),
+            "yes" if row.sustained else "no",
+        )
+        table.add_row(*map(_escape, cells))
+    return table
+
+
+def _interference(summary: Summary) -> Table:
+    table = _table(
+        "3 interference: ITL of running streams, ms",
+        "topology",
+        "quiet p50",
+        "busy p50",
+        "busy p99",
+        "worst gap",
+        "busy p99 / quiet p50",
+        "stalled time",
+        "long TTFT p50",
+    )
+    for row in summary.interference:
+        least = "" if row.factor_percentile in (99.0, None) else "≥ "
+        cells = (
+            summary.label(row.topology),
+            fmt.estimate(row.quiet.p50),
+            fmt.estimate(row.busy.p50),
+            fmt.estimate(row.busy.p99) if row.busy.p99.known else row.busy.p99.note,
+            fmt.number(row.busy.worst),
+            f"{least}{fmt.number(row.factor)}×" if row.factor else fmt.NONE,
+            fmt.share(row.stalled),
+            fmt.estimate(row.long_ttft),
+        )
+        table.add_row(*map(_escape, cells))
+    return table
+
+
+def _shapes(summary: Summary) -> Table:
+    table = _table("4 shapes", "shape", "topology", "TTFT p50, ms", "ITL p50", "E2E p50", "tok/s")
+    for case in dict.fromkeys(row.case for row in summary.shapes):
+        for row in (row for row in summary.shapes if row.case == case):
+            cells = (
+                f"{case} {row.input_len}/{row.output_len}",
+                summary.label(row.topology),
+                fmt.estimate(row.ttft),
+                fmt.estimate(row.itl),
+                fmt.estimate(row.e2e),
+                fmt.estimate(row.output_rate),
+            )
+            table.add_row(*map(_escape, cells))
+    return table
+
+
+def _escape(text: str) -> str:
+    """Square brackets are markup to rich."""
+    return text.replace("[", "\\[")

@@ -1,0 +1,101 @@
+"""Flags on every case: what voids its figures or qualifies them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pdrelay.bench.validity import check_run
+from pdrelay.lab.report.figures import CaseFlag, Severity
+from pdrelay.lab.report.joined import joined
+from pdrelay.lab.report.traffic import completed_rate, is_sustained
+from pdrelay.lab.report.transfers import transfer_of
+from pdrelay.lab.rundir import EXPERIMENTS, Case, Run
+
+
+def case_flags(run: Run) -> list[CaseFlag]:
+    """All flags, by experiment, topology and case; notes of the run last."""
+    flags = []
+    for experiment in EXPERIMENTS:
+        for name in run.topologies:
+            for case in run.select(experiment, name):
+                flags += [*_client_flags(case), *_load_flags(case), *_record_flags(run, case)]
+            if not run.select(experiment, name) and experiment in run.info.experiments:
+                flags.append(_missing(name, experiment))
+    return flags
+
+
+def _flag(case: Case, code: str, severity: Severity, message: str) -> CaseFlag:
+    info = case.info
+    return CaseFlag(
+        topology=info.topology,
+        experiment=info.experiment,
+        case=info.case,
+        rep=info.rep,
+        code=code,
+        severity=severity,
+        message=message,
+    )
+
+
+def _client_flags(case: Case) -> Iterator[CaseFlag]:
+    """Send lag, failures, short outputs, coalesced chunks, cached prompts: bench's rules."""
+    verdict = check_run(case.measured, sharing_expected=not case.info.distinct_prompts)
+    for flag in verdict.flags:
+        yield _flag(case, flag.code, flag.severity, flag.message)
+    failed = [record for record in case.streams if record.status == "failed"]
+    if failed:
+        yield _flag(
+            case,
+            "stream_failures",
+            "error",
+            f"{len(failed)} background streams failed, the load was lighter than stated: "
+            f"{failed[0].error[:160]}",
+        )
+
+
+def _load_flags(case: Case) -> Iterator[CaseFlag]:
+    if case.info.experiment != "traffic" or is_sustained(case):
+        return
+    yield _flag(
+        case,
+        "not_sustained",
+        "warning",
+        f"completed {completed_rate(case):.2f} of {case.info.rate or 0:.2f} req/s offered: past "
+        "saturation, latencies depend on how long it is offered",
+    )
+
+
+def _record_flags(run: Run, case: Case) -> Iterator[CaseFlag]:
+    """Whether the server's records are there, and the bytes-moved check."""
+    requests = list(joined(run, case))
+    complete = sum(record.ok for record in case.measured)
+    if complete and len(requests) < complete:
+        yield _flag(
+            case,
+            "events_missing",
+            "warning",
+            f"the server recorded {len(requests)} of {complete} complete requests: phases and "
+            "transfers are of those only",
+        )
+    transfers = [transfer for request in requests if (transfer := transfer_of(run, request))]
+    wrong = [transfer for transfer in transfers if transfer.check == "wrong"]
+    if wrong:
+        yield _flag(
+            case,
+            "bytes_moved",
+            "error",
+            f"{len(wrong)} of {len(transfers)} hand-overs moved another number of bytes than their "
+            f"prompts need: {wrong[0].num_bytes:,} instead of {wrong[0].expected_bytes:,}",
+        )
+
+
+def _missing(topology: str, experiment: str) -> CaseFlag:
+    return CaseFlag(
+        topology=topology,
+        experiment=experiment,
+        case="",
+        rep=0,
+        code="not_run",
+        severity="warning",
+        message="nothing was measured",
+    )

@@ -1,0 +1,246 @@
+"""Runs the lab: every topology in turn, every experiment on it, files in the run directory."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pdrelay import __version__
+from pdrelay.bench.client import ClosedLoop
+from pdrelay.bench.server_info import fetch_server_info
+from pdrelay.errors import ConfigError, LaunchError, PdrelayError
+from pdrelay.lab.budget import Budget
+from pdrelay.lab.config import LabConfig
+from pdrelay.lab.environment import environment, git_commit
+from pdrelay.lab.experiments import interference, shapes, traffic, ttft
+from pdrelay.lab.experiments.base import Context, Step
+from pdrelay.lab.progress import Reporter
+from pdrelay.lab.rundir import LaunchInfo, RunInfo, write_json
+from pdrelay.lab.server import Launcher, ServerHandle
+from pdrelay.lab.topology import LabTopology
+
+START_S = 8.0  # estimate of starting, warming up and stopping a server
+WARMUP_LENGTHS = (64, 512, 2048)
+WARMUP_OUTPUT_LEN = 16
+SYNTHETIC_TRACE_FILE = "synthetic_trace.csv"
+
+
+@dataclass
+class _Progress:
+    """What has been learnt so far."""
+
+    capacity_rps: float | None = None
+    trace_path: Path | None = None
+    launches: dict[str, LaunchInfo] = field(default_factory=dict)
+
+
+async def run_lab(config: LabConfig, launcher: Launcher, reporter: Reporter) -> RunInfo:
+    """Write a complete run directory at `config.out`.
+
+    A server that does not start, or an experiment that fails, is noted and the rest goes on.
+    Raises ConfigError when the directory is in use or the trace is bad, LaunchError when no server
+    started at all.
+    """
+    return await _Lab(config, launcher, reporter).run()
+
+
+def schedule(topologies: Sequence[LabTopology], repeats: int) -> list[tuple[LabTopology, int]]:
+    """Starts in order: each repeat visits all topologies, one place further round each time."""
+    count = len(topologies)
+    return [
+        (topologies[(place + rep) % count], rep) for rep in range(repeats) for place in range(count)
+    ]
+
+
+class _Lab:
+    def __init__(self, config: LabConfig, launcher: Launcher, reporter: Reporter) -> None:
+        self._config = config
+        self._launcher = launcher
+        self._reporter = reporter
+        self._so_far = _Progress(trace_path=config.trace.path if config.trace else None)
+        first = config.baseline  # its capacity sets everybody's rates
+        order = [first, *(t for t in config.topologies if t != first)]
+        self._schedule = schedule(order, config.repeats)
+        self._info = self._run_info()
+        self._budget = Budget(config.scale.budget_s)
+
+    def _run_info(self) -> RunInfo:
+        config = self._config
+        return RunInfo(
+            pdrelay_version=__version__,
+            git_commit=git_commit(),
+            argv=list(config.argv),
+            config=config.as_json(),
+            model=config.model,
+            seeds=[config.seed],
+            started=_now(),
+            experiments=list(config.experiments),
+            topologies=[topology.name for topology in config.topologies],
+            quick=config.quick,
+            service_level=config.slo,
+            baseline=config.baseline.name,
+        )
+
+    async def run(self) -> RunInfo:
+        if self._config.trace is not None:
+            traffic.check_trace(self._config.trace)
+        self._claim_directory()
+        self._save_info()
+        write_json(self._config.out / "environment.json", environment())
+        failures: list[str] = []
+        for index, (topology, rep) in enumerate(self._schedule):
+            starts_left = len(self._schedule) - index
+            self._budget.begin_server(starts_left)
+            try:
+                await self._one_start(topology, rep, starts_left)
+            except PdrelayError as error:
+                failures.append(str(error))
+                self._note(f"{topology.label}, repeat {rep}: {error}")
+        self._info.ended = _now()
+        self._save_info()
+        if len(failures) == len(self._schedule):
+            raise LaunchError(f"no server started; the first failure: {failures[0]}")
+        return self._info
+
+    def _claim_directory(self) -> None:
+        out = self._config.out
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ConfigError(f"{out} exists and is not empty: choose another --out")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = error.strerror
+            raise ConfigError(f"cannot create {out}: {reason}; choose another --out") from error
+
+    # ---- one server
+
+    async def _one_start(self, topology: LabTopology, rep: int, starts_left: int) -> None:
+        self._tell(f"{topology.label}: starting", starts_left, START_S)
+        began = time.monotonic()
+        server = await self._start(topology, rep)
+        try:
+            self._save_launch(topology, server)
+            context = await self._prepare(topology, rep, server)
+            startup_s = time.monotonic() - began
+            await self._run_steps(context, starts_left, startup_s)
+            write_json(self._directory(topology) / "workers.json", server.workers())
+        finally:
+            await server.stop()
+
+    async def _start(self, topology: LabTopology, rep: int) -> ServerHandle:
+        suffix = f"-{rep}" if rep else ""
+        directory = self._directory(topology)
+        directory.mkdir(parents=True, exist_ok=True)
+        return await self._launcher.start(
+            topology,
+            model=self._config.model,
+            event_log_path=directory / f"events{suffix}.jsonl",
+            log_path=directory / f"server{suffix}.log",
+            extra_args=self._config.serve_args,
+        )
+
+    def _directory(self, topology: LabTopology) -> Path:
+        return self._config.out / "topologies" / topology.name
+
+    def _save_launch(self, topology: LabTopology, server: ServerHandle) -> None:
+        known = self._so_far.launches.setdefault(
+            topology.name,
+            LaunchInfo(name=topology.name, num_gpus=topology.num_gpus, argv=server.argv),
+        )
+        known.startup_s.append(server.startup_s)
+        write_json(self._directory(topology) / "launch.json", known)
+
+    async def _prepare(self, topology: LabTopology, rep: int, server: ServerHandle) -> Context:
+        """Warm up; on the first start measure the capacity and make the trace."""
+        info = await fetch_server_info(server.url)
+        context = Context(self._config, topology, rep, server.url, info)
+        await self._warm_up(context)
+        if "traffic" in self._config.experiments:
+            if self._so_far.capacity_rps is None:
+                await self._measure_capacity(context)
+            context.capacity_rps = self._so_far.capacity_rps
+            context.trace_path = self._so_far.trace_path
+        return context
+
+    async def _warm_up(self, context: Context) -> None:
+        """Every instance computes every length class once, with other prompts than measured."""
+        lengths = [
+            (length, WARMUP_OUTPUT_LEN)
+            for length in WARMUP_LENGTHS
+            for _ in range(2 * context.topology.num_gpus)
+            if context.fits(length, WARMUP_OUTPUT_LEN)
+        ]
+        requests = context.prompts(lengths or [(4, 4)], "warm-up", tag="warm-up")
+        result = await context.load("warm-up", requests, ClosedLoop(2 * context.topology.num_gpus))
+        if not any(record.ok for record in result.records):
+            raise LaunchError(
+                f"{context.topology.label} answers no request: {result.records[0].error}; see its "
+                "server.log"
+            )
+
+    async def _measure_capacity(self, context: Context) -> None:
+        self._reporter.step(f"{context.topology.label}: capacity")
+        so_far = self._so_far
+        self._info.baseline = context.topology.name
+        so_far.capacity_rps = self._info.capacity_rps = await traffic.measure_capacity(context)
+        if so_far.trace_path is None:
+            so_far.trace_path = self._config.out / SYNTHETIC_TRACE_FILE
+            seed = context.seed("synthetic trace")
+            seconds = self._config.scale.synthetic_trace_s
+            traffic.write_synthetic_trace(so_far.trace_path, so_far.capacity_rps, seconds, seed)
+        self._save_info()
+
+    # ---- its steps
+
+    def _steps(self, context: Context) -> list[Step]:
+        makers = {
+            "ttft": ttft.steps,
+            "traffic": traffic.steps,
+            "interference": interference.steps,
+            "shapes": shapes.steps,
+        }
+        return [step for name in self._config.experiments for step in makers[name](context)]
+
+    async def _run_steps(self, context: Context, starts_left: int, startup_s: float) -> None:
+        steps = self._steps(context)
+        label = context.topology.label
+        for index, step in enumerate(steps):
+            ahead_s = sum(later.estimate_s for later in steps[index:])
+            server_s = sum(each.estimate_s for each in steps) + startup_s
+            self._tell(f"{label}: {step.name}", starts_left, ahead_s, server_s)
+            if not self._budget.allows(step.estimate_s):
+                self._note(f"{label}, {step.name}: left out, the time limit would be passed")
+                continue
+            began = time.monotonic()
+            try:
+                await step.run()
+            except PdrelayError as error:
+                self._note(f"{label}, {step.name}: {error}")
+            self._budget.over(step.estimate_s, time.monotonic() - began)
+
+    def _tell(self, name: str, starts_left: int, ahead_s: float, server_s: float = 80.0) -> None:
+        """`ahead_s` on this server, and `server_s` on each one still to come."""
+        left_s = (ahead_s + (starts_left - 1) * server_s) * self._budget.factor
+        self._reporter.work_left(self._budget.elapsed_s, left_s)
+        self._reporter.step(name)
+
+    def _note(self, text: str) -> None:
+        self._info.notes.append(" ".join(text.split()))
+        self._reporter.note(text)
+        self._save_info()
+
+    def _save_info(self) -> None:
+        write_json(self._config.out / "run.json", self._info)
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def run_lab_blocking(config: LabConfig, launcher: Launcher, reporter: Reporter) -> RunInfo:
+    """`run_lab` on a loop of its own."""
+    return asyncio.run(run_lab(config, launcher, reporter))

@@ -1,0 +1,214 @@
+"""A server under test: started, asked for its facts, stopped, whatever happens."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from pdrelay.core.kv_layout import KVLayout
+from pdrelay.errors import LaunchError
+from pdrelay.lab.rundir import WorkerInfo
+from pdrelay.lab.topology import LabTopology
+
+STOP_S = 20.0  # for a drained server to exit before it is killed
+_POLL_S = 0.02
+_TAIL_BYTES = 4000
+
+
+class ServerHandle(Protocol):
+    """A running server."""
+
+    url: str
+    argv: list[str]  # reproduces it
+    startup_s: float
+
+    def workers(self) -> list[WorkerInfo]:
+        """What its ranks are, and their peak memory so far."""
+
+    async def stop(self) -> None:
+        """Drain and end it. Idempotent."""
+
+
+class Launcher(Protocol):
+    """Starts servers."""
+
+    async def start(
+        self,
+        topology: LabTopology,
+        *,
+        model: str,
+        event_log_path: Path,
+        log_path: Path,
+        extra_args: Sequence[str] = (),
+    ) -> ServerHandle:
+        """Returns once the server is ready. Raises LaunchError."""
+
+
+class _ReadyWorker(msgspec.Struct, kw_only=True):
+    instance: str
+    pid: int
+    pids: list[int] = []
+    role: str = ""
+    layout: KVLayout | None = None
+    resolved: dict[str, str] = {}
+
+
+class _Ready(msgspec.Struct, kw_only=True):
+    """The part of `--ready-file` that the lab needs."""
+
+    url: str
+    pid: int
+    workers: list[_ReadyWorker] = []
+
+
+@dataclass
+class ChildServer:
+    """`pdrelay serve` as a child process."""
+
+    url: str
+    argv: list[str]
+    startup_s: float
+    process: asyncio.subprocess.Process
+    ready: list[_ReadyWorker]
+
+    def workers(self) -> list[WorkerInfo]:
+        return [
+            WorkerInfo(
+                instance=worker.instance,
+                pid=pid,
+                rank=rank,
+                role=worker.role,
+                layout=worker.layout,
+                resolved=worker.resolved if rank == 0 else {},
+                peak_rss_bytes=peak_rss_bytes(pid),
+            )
+            for worker in self.ready
+            for rank, pid in enumerate(worker.pids or [worker.pid])
+        ]
+
+    async def stop(self) -> None:
+        await end_process(self.process)
+
+
+@dataclass(frozen=True)
+class ChildLauncher:
+    """Starts `python -m pdrelay serve` on a free port. `command` is replaceable for tests."""
+
+    timeout_s: float
+    command: tuple[str, ...] = (sys.executable, "-m", "pdrelay")
+
+    async def start(
+        self,
+        topology: LabTopology,
+        *,
+        model: str,
+        event_log_path: Path,
+        log_path: Path,
+        extra_args: Sequence[str] = (),
+    ) -> ServerHandle:
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        ready_path = log_path.with_suffix(".ready.json")
+        ready_path.unlink(missing_ok=True)
+        shown = ["serve", model, *topology.serve_args, *extra_args]
+        private = ["--port", "0", "--event-log", str(event_log_path)]
+        private += ["--ready-file", str(ready_path)]
+        began = time.monotonic()
+        with log_path.open("ab") as log:
+            process = await asyncio.create_subprocess_exec(
+                *self.command,
+                *shown,
+                *private,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=asyncio.subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            ready = await self._wait(process, ready_path, topology, log_path)
+        except BaseException:
+            await end_process(process)
+            raise
+        finally:
+            ready_path.unlink(missing_ok=True)
+        startup_s = time.monotonic() - began
+        return ChildServer(ready.url, ["pdrelay", *shown], startup_s, process, ready.workers)
+
+    async def _wait(
+        self,
+        process: asyncio.subprocess.Process,
+        ready_path: Path,
+        topology: LabTopology,
+        log_path: Path,
+    ) -> _Ready:
+        """The ready file is written whole and renamed; a file has no event to wait for."""
+        deadline = time.monotonic() + self.timeout_s
+        while (ready := read_ready(ready_path)) is None:
+            if process.returncode is not None:
+                raise LaunchError(
+                    f"the server for {topology.label} ended with status {process.returncode}: "
+                    f"{last_words(log_path)}; see {log_path}"
+                )
+            if time.monotonic() > deadline:
+                raise LaunchError(
+                    f"the server for {topology.label} was not ready after {self.timeout_s:g} s: "
+                    f"{last_words(log_path)}; see {log_path}"
+                )
+            await asyncio.sleep(_POLL_S)
+        return ready
+
+
+def read_ready(path: Path) -> _Ready | None:
+    """The ready file, or None while there is none. Raises LaunchError when it is damaged."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=_Ready)
+    except FileNotFoundError:
+        return None
+    except msgspec.MsgspecError as error:
+        raise LaunchError(f"the server's ready file is damaged: {error}") from error
+
+
+async def end_process(process: asyncio.subprocess.Process) -> None:
+    """SIGTERM, wait STOP_S, SIGKILL to its whole session. Idempotent."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), STOP_S)
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
+
+
+def last_words(log_path: Path) -> str:
+    """The last non-empty line of a log."""
+    try:
+        with log_path.open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            tail = log.read().decode(errors="replace")
+    except OSError:
+        return "it left no log"
+    lines = [line.strip() for line in tail.splitlines() if line.strip()]
+    return lines[-1][:400] if lines else "its log is empty"
+
+
+def peak_rss_bytes(pid: int) -> int:
+    """Largest resident set of a process so far (VmHWM of proc(5)), 0 when it is gone."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return 0
+    for line in status.splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0

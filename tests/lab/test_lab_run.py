@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from fake_launcher import FakeLauncher
+
+from pdrelay.bench.client import ClosedLoop, LoadResult
+from pdrelay.bench.record import ClientRecord
+from pdrelay.bench.slo import Slo
+from pdrelay.core.clock import FakeClock
+from pdrelay.errors import ConfigError, LaunchError
+from pdrelay.lab.budget import Budget
+from pdrelay.lab.config import QUICK, LabConfig, TraceConfig
+from pdrelay.lab.experiments.traffic import steady_rate
+from pdrelay.lab.progress import SilentReporter
+from pdrelay.lab.report.build import build_report
+from pdrelay.lab.run import run_lab, schedule
+from pdrelay.lab.rundir import read_run
+from pdrelay.lab.topology import parse_topologies
+
+TINY = dataclasses.replace(
+    QUICK,
+    probes=((64, 3), (128, 2)),
+    busy_probes=((64, 2),),
+    num_streams=2,
+    stream_output_len=100,
+    rate_fractions=(0.2, 0.4),
+    traffic_s=0.2,
+    synthetic_trace_s=0.3,
+    chat_output_mean=8.0,
+    chat_max_output_len=12,
+    quiet_s=0.1,
+    long_input_len=256,
+    num_long=2,
+    long_gap_s=0.1,
+    shape_requests=2,
+    budget_s=None,
+)
+
+
+def config(tmp_path, topologies="replicas:2,pd:1:1", **changes) -> LabConfig:
+    return LabConfig(
+        model="tiny",
+        topologies=tuple(parse_topologies(topologies)),
+        out=tmp_path / "run",
+        scale=changes.pop("scale", TINY),
+        quick=True,
+        slo=Slo(250, 10),
+        **changes,
+    )
+
+
+async def test_a_run_fills_every_section_and_the_report_builds(tmp_path):
+    launcher, reporter = FakeLauncher(), SilentReporter()
+    info = await run_lab(config(tmp_path), launcher, reporter)
+    assert info.notes == []
+    run = read_run(tmp_path / "run")
+    for experiment, cases in {
+        "ttft": ["busy", "idle"],
+        "traffic": ["poisson-0", "poisson-1", "trace"],
+        "interference": ["interference"],
+        "shapes": ["long-short", "short-long", "short-short"],
+    }.items():
+        for topology in ("replicas-2", "pd-1-1"):
+            found = run.select(experiment, topology)
+            assert [case.info.case for case in found] == cases
+            assert all(record.ok for case in found for record in case.measured)
+    assert run.topologies["pd-1-1"].workers[0].peak_rss_bytes == 123_456_789
+    summary = build_report(tmp_path / "run").summary
+    assert summary.phases
+    assert summary.transfers
+    assert summary.timelines
+    assert sum(row.bytes_wrong + row.bytes_unverified for row in summary.transfers) == 0
+    assert [server.stopped for server in launcher.servers] == [1, 1]
+    busy = run.select("interference", "pd-1-1")[0]
+    assert len(busy.streams) >= 2
+    assert not any(record.status == "failed" for record in busy.streams)
+
+
+async def test_topologies_get_the_same_traffic(tmp_path):
+    launcher = FakeLauncher()
+    chosen = config(tmp_path, experiments=("ttft", "traffic", "shapes"))
+    await run_lab(chosen, launcher, SilentReporter())
+    run = read_run(tmp_path / "run")
+    for experiment in chosen.experiments:
+        pairs = zip(
+            run.select(experiment, "replicas-2"), run.select(experiment, "pd-1-1"), strict=True
+        )
+        for one, two in pairs:
+            assert one.info.rate == two.info.rate
+            assert offered(one) == offered(two)
+    first, second = (set(server.prompts) for server in launcher.servers)
+    shared = first & second
+    assert len(shared) > 0.5 * len(first)
+
+
+def offered(case):
+    """Lengths and, in an open loop, intended times: what the traffic is, apart from its answers."""
+    start = case.info.window_start_ns if case.info.mode == "open" else None
+    return [
+        (r.tag, r.num_prompt_tokens, r.max_tokens, start and r.intended_ns - start)
+        for r in case.measured
+    ]
+
+
+async def test_no_prompt_is_sent_twice_to_a_server(tmp_path):
+    launcher = FakeLauncher()
+    await run_lab(config(tmp_path, "replicas:1"), launcher, SilentReporter())
+    prompts = launcher.servers[0].prompts
+    heads = [prompt[:16] for prompt in prompts]
+    assert len(set(heads)) == len(heads)
+
+
+async def test_repeats_rotate_the_order_and_share_no_prompts(tmp_path):
+    launcher = FakeLauncher()
+    chosen = config(tmp_path, repeats=2, experiments=("ttft",))
+    await run_lab(chosen, launcher, SilentReporter())
+    names = [server.topology.name for server in launcher.servers]
+    assert names == ["replicas-2", "pd-1-1", "pd-1-1", "replicas-2"]
+    assert not set(launcher.servers[0].prompts) & set(launcher.servers[3].prompts)
+    run = read_run(tmp_path / "run")
+    assert [case.info.rep for case in run.select("ttft", "pd-1-1")] == [0, 1, 0, 1]
+    assert len(run.topologies["pd-1-1"].launch.startup_s) == 2
+    assert build_report(tmp_path / "run").summary.phases
+
+
+async def test_one_broken_topology_is_noted_and_the_rest_goes_on(tmp_path):
+    launcher = FakeLauncher(broken=("replicas-2",))
+    chosen = config(tmp_path, experiments=("traffic",))
+    info = await run_lab(chosen, launcher, SilentReporter())
+    assert info.notes == ["2 replicas, repeat 0: replicas-2 is broken: mend it"]
+    assert info.baseline == "pd-1-1"  # where the capacity was measured then
+    assert read_run(tmp_path / "run").select("traffic", "pd-1-1")
+    build_report(tmp_path / "run")
+
+
+async def test_a_server_that_refuses_everything_is_noted_and_stopped(tmp_path):
+    launcher = FakeLauncher(refusing=("pd-1-1",))
+    info = await run_lab(config(tmp_path, experiments=("ttft",)), launcher, SilentReporter())
+    assert len(info.notes) == 1
+    assert "answers no request" in info.notes[0]
+    assert [server.stopped for server in launcher.servers] == [1, 1]
+
+
+async def test_no_server_at_all_is_an_error(tmp_path):
+    launcher = FakeLauncher(broken=("replicas-2", "pd-1-1"))
+    with pytest.raises(LaunchError, match=r"no server started.*mend it"):
+        await run_lab(config(tmp_path), launcher, SilentReporter())
+
+
+async def test_a_used_directory_is_refused_before_anything_starts(tmp_path):
+    chosen = config(tmp_path)
+    chosen.out.mkdir()
+    (chosen.out / "precious.txt").write_text("mine")
+    launcher = FakeLauncher()
+    with pytest.raises(ConfigError, match="not empty"):
+        await run_lab(chosen, launcher, SilentReporter())
+    assert launcher.servers == []
+
+
+async def test_a_bad_trace_is_refused_before_anything_starts(tmp_path):
+    path = tmp_path / "trace.csv"
+    path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.68,nonsense,3\n")
+    launcher = FakeLauncher()
+    with pytest.raises(ConfigError, match=r"trace\.csv:2"):
+        await run_lab(config(tmp_path, trace=TraceConfig(path)), launcher, SilentReporter())
+    assert launcher.servers == []
+
+
+async def test_a_mooncake_trace_shares_prefixes_and_is_described(tmp_path):
+    path = tmp_path / "trace.jsonl"
+    path.write_text(
+        '{"timestamp": 0, "input_length": 1100, "output_length": 90, "hash_ids": [0, 1, 2]}\n'
+        '{"timestamp": 400, "input_length": 1100, "output_length": 4, "hash_ids": [0, 1, 3]}\n'
+    )
+    launcher = FakeLauncher()
+    trace = TraceConfig(path, time_scale=0.5, max_output_len=20)
+    chosen = config(tmp_path, "replicas:1", experiments=("traffic",), trace=trace)
+    await run_lab(chosen, launcher, SilentReporter())
+    case = read_run(tmp_path / "run").select("traffic", "replicas-1")[-1]
+    assert [record.max_tokens for record in case.records] == [20, 4]
+    assert not case.info.distinct_prompts
+    words = case.info.parameters["workload"]
+    assert "trace.jsonl (2 requests, time × 0.5, 1 outputs capped to 20" in words
+    long_prompts = [prompt for prompt in launcher.servers[0].prompts if len(prompt) == 1100]
+    assert long_prompts[0][:1024] == long_prompts[1][:1024]
+    assert long_prompts[0] != long_prompts[1]
+
+
+async def test_what_does_not_fit_into_the_time_is_left_out_and_named(tmp_path):
+    scale = dataclasses.replace(TINY, budget_s=1e-6)
+    info = await run_lab(
+        config(tmp_path, "replicas:1", scale=scale), FakeLauncher(), SilentReporter()
+    )
+    assert len(info.notes) == 9
+    assert all("left out" in note for note in info.notes)
+
+
+async def test_the_quick_plan_fits_its_budget(tmp_path):
+    """By the plan's own estimates: 4 topologies within 330 s, 30 s short of the promise."""
+    from pdrelay.bench.server_info import ServerInfo
+    from pdrelay.lab.experiments import interference, shapes, traffic, ttft
+    from pdrelay.lab.experiments.base import Context
+    from pdrelay.lab.run import START_S
+
+    chosen = config(tmp_path, "replicas:2,tp:2,pd:1:1,replicas:1", scale=QUICK)
+    info = ServerInfo("tiny", "tiny", 16384, 264)
+    context = Context(chosen, chosen.topologies[0], 0, "http://unused", info, 10.0)
+    makers = (ttft.steps, traffic.steps, interference.steps, shapes.steps)
+    per_server = sum(step.estimate_s for make in makers for step in make(context)) + START_S
+    assert 4 * per_server < QUICK.budget_s
+
+
+def test_schedule_visits_every_topology_in_every_repeat_in_rotated_order():
+    topologies = parse_topologies("replicas:1,tp:2,pd:1:1")
+    starts = schedule(topologies, 4)
+    assert len(starts) == 12
+    for rep in range(4):
+        order = [t.name for t, r in starts if r == rep]
+        assert sorted(order) == sorted(t.name for t in topologies)
+        assert order[0] == topologies[rep % 3].name
+
+
+def test_budget_shares_time_left_and_learns_from_slow_steps():
+    clock = FakeClock()
+    budget = Budget(100.0, clock)
+    budget.begin_server(4)
+    assert budget.allows(25.0)
+    assert not budget.allows(25.1)
+    clock.advance(10)
+    budget.over(5.0, 10.0)  # twice as slow as planned
+    assert budget.allows(7.5)
+    assert not budget.allows(7.6)
+    budget.begin_server(3)  # what the first left over is shared
+    assert budget.allows(15.0)
+    assert not budget.allows(15.1)
+
+
+def test_capacity_leaves_the_drain_out():
+    def record(sent_s, end_s):
+        at = round(sent_s * 1e9)
+        return ClientRecord(
+            request_id="x", intended_ns=at, sent_ns=at, end_ns=round(end_s * 1e9), status="ok"
+        )
+
+    # Two at a time, one second each: 2 requests/s, though the last straggles for 100 s.
+    records = [record(i // 2, i // 2 + 1) for i in range(20)] + [record(10, 110)]
+    result = LoadResult(records, 0, round(110e9), ClosedLoop(2))
+    assert steady_rate(result) == pytest.approx(2.0)
