@@ -49,14 +49,6 @@ class Server:
     def log_tail(self) -> str:
         return self.log_path.read_text(errors="replace")[-4000:]
 
-    def pids(self, instance: str) -> list[int]:
-        """Live processes of an instance, asked of the kernel: restarts change them."""
-        found = []
-        for worker in self.children():
-            if instance in worker[1]:
-                found.append(worker[0])
-        return found
-
     def children(self) -> list[tuple[int, str]]:
         """(pid, command line) of every descendant."""
         parents: dict[int, list[int]] = {}

@@ -62,7 +62,7 @@ def backend(name, shape):
 
 
 @pytest.mark.parametrize("name", ["cpu", "sdpa"])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     heads=st.sampled_from([(1, 1), (2, 1), (4, 2), (7, 1), (6, 6)]),
     head_dim=st.sampled_from([16, 32, 48, 64, 80]),

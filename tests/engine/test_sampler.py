@@ -88,7 +88,7 @@ PARAMS = st.fixed_dictionaries(
 HISTORY = st.lists(st.integers(0, VOCAB - 1), max_size=6)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     st.lists(st.tuples(PARAMS, HISTORY, HISTORY, st.integers(0, 5)), min_size=1, max_size=4),
     st.integers(0, 10_000),
