@@ -99,6 +99,16 @@ def test_byte_level_round_trip(text: str) -> None:
     assert BYTES.decode(BYTES.encode(text), skip_special_tokens=False) == "<|bos|>" + text
 
 
+@given(
+    st.lists(st.one_of(st.text(max_size=5), st.sampled_from(["<|", "<|end|>", "<|bos|>", "|>"]))),
+    st.booleans(),
+)
+def test_byte_level_encodes_as_the_library_does(parts: list[str], special: bool) -> None:
+    text = "".join(parts)
+    slow = BYTES.backend.encode(text, add_special_tokens=special).ids
+    assert BYTES.encode(text, add_special_tokens=special) == slow
+
+
 def test_byte_level_saves_what_transformers_loads(tmp_path) -> None:
     from transformers import AutoTokenizer
 

@@ -34,9 +34,7 @@ def test_renders_as_transformers_does(name: str, tmp_path) -> None:
 def test_default_template() -> None:
     template = load_chat_template(TOKENIZER)
     assert template is not None
-    assert template.render(CHAT) == (
-        "<|bos|><|system|>be<|end|><|user|><b> é<|end|><|assistant|>"
-    )
+    assert template.render(CHAT) == ("<|bos|><|system|>be<|end|><|user|><b> é<|end|><|assistant|>")
     final = [*CHAT, {"role": "assistant", "content": "So "}]
     text = template.render(final, add_generation_prompt=False, continue_final_message=True)
     assert text.endswith("<|assistant|>So")

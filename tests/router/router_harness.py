@@ -50,7 +50,7 @@ def model_info(tokenizer: Tokenizer | None = None, **changes: Any) -> ModelInfo:
 async def until(condition: Callable[[], Any]) -> None:
     """Let the loop turn until `condition` holds; fails at a deadline."""
     async with asyncio.timeout(WAIT_S):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 (any condition, whoever makes it true)
             await asyncio.sleep(0.001)
 
 
@@ -92,7 +92,9 @@ class FrontDoor:
             base_url=self.url + "/v1", **{"api_key": "none", "max_retries": 0, **options}
         )
 
-    async def post(self, path: str, body: Any, **options: Any) -> tuple[int, Any, Mapping[str, str]]:
+    async def post(
+        self, path: str, body: Any, **options: Any
+    ) -> tuple[int, Any, Mapping[str, str]]:
         """(status, decoded body, headers); `body` is sent as it is when it is bytes."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         async with self.session.post(self.url + path, data=data, **options) as response:
@@ -140,9 +142,7 @@ async def front_door(
     down: Callable[[], dict[str, str]] | None = None,
 ) -> AsyncIterator[FrontDoor]:
     config = config or RouterConfig(drain_timeout_s=0.1)
-    clients = fake_cluster(
-        instances, auto=auto, token_of=token_of, tokens_per_step=tokens_per_step
-    )
+    clients = fake_cluster(instances, auto=auto, token_of=token_of, tokens_per_step=tokens_per_step)
     event_log = EventLog(log_path)
     app = build_app(config, model or model_info(), Cluster(clients), event_log, down)
     runner = make_runner(app, config)

@@ -132,8 +132,9 @@ async def test_bad_json() -> None:
         for body in BAD_JSON:
             await check(front, COMPLETIONS, body)
             await check(front, CHAT, body.replace(b"prompt", b"messages"))
-            await check(front, "/tokenize", body)
-            await check(front, "/detokenize", body)
+            if b"1e999" not in body:  # a field that these do not have
+                await check(front, "/tokenize", body)
+                await check(front, "/detokenize", body)
         assert (await front.post(COMPLETIONS, {"prompt": "x"}))[0] == 200
 
 

@@ -23,7 +23,7 @@ from pdrelay.core.kv_layout import KVLayout
 from pdrelay.core.messages import Fatal, Ready, Role, ToWorker
 from pdrelay.core.rank_config import RankConfig, read_rank_config
 from pdrelay.core.scheduler import Scheduler, SchedulerConfig
-from pdrelay.engine.communicator import Communicator, GlooCommunicator, SingleCommunicator
+from pdrelay.engine.communicator import Communicator, connect_ranks
 from pdrelay.engine.consumer import Consumer
 from pdrelay.engine.loop import EngineLoop
 from pdrelay.engine.models.registry import CausalLM, build_model
@@ -81,13 +81,13 @@ def _rendezvous_path(config: RankConfig, what: str) -> str:
 
 
 def _communicator(config: RankConfig) -> Communicator:
-    if config.world_size == 1:
-        return SingleCommunicator()
-    return GlooCommunicator(
+    return connect_ranks(
         rank=config.rank,
         world_size=config.world_size,
-        store_path=_rendezvous_path(config, "gloo"),
+        path=_rendezvous_path(config, "ranks"),
         timeout_s=_TP_TIMEOUT_S,
+        dtype=getattr(torch, config.dtype),
+        device=torch.device(config.device),
     )
 
 

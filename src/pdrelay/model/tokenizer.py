@@ -1,7 +1,8 @@
 """Text to token ids and back, without torch and without transformers.
 
     Tokenizer
-    ├── HfTokenizer           tokenizer.json of a Hugging Face directory, or the built-in byte level
+    ├── HfTokenizer           tokenizer.json of a Hugging Face directory
+    │   └── ByteLevelTokenizer  of the built-in shape `tiny`; saved, it is the same tokenizer.json
     └── PlaceholderTokenizer  for shapes that are published without their tokenizer
 
 Detokenization is incremental: an `IncrementalDecoder` takes one id at a time and gives the text
@@ -45,6 +46,7 @@ BYTE_LEVEL_CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
+_BYTE_LEVEL_SPECIAL = re.compile("|".join(map(re.escape, BYTE_LEVEL_SPECIAL_TOKENS)))
 _CONTEXT_TOKENS = 6  # of the prompt: enough to settle a leading space and an unfinished character
 _MAX_UNREAD_TOKENS = 16  # longer than any character: bounds the work an id costs
 _PLACEHOLDER = re.compile(r"<\|(\d{1,9})\|>")
@@ -208,7 +210,22 @@ class HfTokenizer(Tokenizer):
         return WindowDecoder(self, skip_special_tokens, context)
 
 
-def byte_level_tokenizer() -> HfTokenizer:
+class ByteLevelTokenizer(HfTokenizer):
+    """Encodes without the library, which takes 30 times as long where there are no merges."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        token_ids = [256] if add_special_tokens else []
+        start = 0
+        if "<|" in text:
+            for match in _BYTE_LEVEL_SPECIAL.finditer(text):
+                token_ids += text[start : match.start()].encode()
+                token_ids.append(256 + BYTE_LEVEL_SPECIAL_TOKENS.index(match[0]))
+                start = match.end()
+        token_ids += text[start:].encode()
+        return token_ids
+
+
+def byte_level_tokenizer() -> ByteLevelTokenizer:
     """The tokenizer of the built-in shape `tiny`: id b is byte b, special tokens from 256 on."""
     alphabet = {byte: char for char, byte in _byte_level_alphabet().items()}
     vocab = {alphabet[byte]: byte for byte in range(256)}
@@ -221,7 +238,7 @@ def byte_level_tokenizer() -> HfTokenizer:
     backend.post_processor = processors.TemplateProcessing(
         single="<|bos|> $A", pair="<|bos|> $A $B", special_tokens=[("<|bos|>", 256)]
     )
-    return HfTokenizer(
+    return ByteLevelTokenizer(
         backend,
         BYTE_LEVEL_VOCAB_SIZE,
         bos_token="<|bos|>",

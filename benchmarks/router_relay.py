@@ -1,0 +1,242 @@
+"""What the front door costs: CPU a relayed token, and time added to the first token.
+
+Three processes on real sockets: a fake engine (one message a step, a token for every stream), the
+front door, and this one, which is the client. Tokens per second of the front door's CPU time do not
+depend on how many cores the three share. TTFT is the client's, from the first byte sent to the
+first event read; the fake engine answers at once, so all of it is HTTP, the front door, two hops
+over Unix sockets, and the client's own reading: an upper bound of what the front door adds.
+
+    python benchmarks/router_relay.py --streams 64 --tokens 400
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+START_S = 30.0
+RUN_S = 300.0
+
+
+# ---- the fake engine's process
+
+
+async def run_engine(fd: int, instance: str, step_s: float) -> None:
+    from pdrelay.core.channel import Channel
+    from pdrelay.core.messages import Role, ToWorker
+    from pdrelay.router.fake import FakeEngine
+
+    channel: Channel[Any] = Channel(socket.socket(fileno=fd), ToWorker)
+    engine = FakeEngine(
+        instance, Role.BOTH, step_delay_s=step_s, max_model_len=16_384, emit=channel.send
+    )
+    over = asyncio.Event()
+
+    def readable() -> None:
+        for message in channel.receive():
+            engine.handle(message)
+        engine.received.clear()
+        if channel.closed:
+            over.set()
+
+    async def flush() -> None:
+        while True:
+            channel.flush()
+            await asyncio.sleep(0.002)
+
+    loop = asyncio.get_running_loop()
+    loop.add_reader(channel.fileno(), readable)
+    engine.start()
+    flusher = asyncio.create_task(flush())
+    await over.wait()
+    flusher.cancel()
+    engine.kill()
+
+
+# ---- the front door's process
+
+
+async def run_router(fd: int, instance: str) -> None:
+    from aiohttp import web
+
+    from pdrelay.core.messages import Role
+    from pdrelay.model.tokenizer import byte_level_tokenizer
+    from pdrelay.router.app import build_app
+    from pdrelay.router.cluster import Cluster
+    from pdrelay.router.config import ModelInfo, RouterConfig
+    from pdrelay.router.engine_client import StreamEngineClient
+    from pdrelay.router.event_log import EventLog
+    from pdrelay.router.server import make_runner
+
+    client = StreamEngineClient(instance, Role.BOTH)
+    config = RouterConfig(max_num_requests=100_000, drain_timeout_s=0.1)
+    model = ModelInfo(
+        served_model_name="tiny",
+        root="tiny",
+        max_model_len=16_384,
+        tokenizer=byte_level_tokenizer(),
+    )
+    app = build_app(config, model, Cluster([client]), EventLog())
+    sock = socket.socket(fileno=fd)
+    sock.setblocking(False)
+    client.connect(sock)
+    runner = make_runner(app, config)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0, backlog=1024)
+    await site.start()
+    print(runner.addresses[0][1], flush=True)
+    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+    client.close()
+    await runner.cleanup()
+
+
+# ---- the client
+
+
+@contextlib.contextmanager
+def processes(step_ms: float) -> Iterator[tuple[str, int]]:
+    """(URL, pid) of a front door over a fake engine."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    command = [sys.executable, str(Path(__file__)), "--step-ms", str(step_ms)]
+    with ours, theirs:
+        engine = subprocess.Popen(
+            [*command, "--role", "engine", "--fd", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+        )
+        router = subprocess.Popen(
+            [*command, "--role", "router", "--fd", str(ours.fileno())],
+            pass_fds=[ours.fileno()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+    try:
+        assert router.stdout is not None and router.stdin is not None
+        port = int(router.stdout.readline())
+        yield f"http://127.0.0.1:{port}", router.pid
+        router.stdin.close()
+        router.wait(START_S)
+        engine.wait(START_S)
+    finally:
+        for process in (router, engine):
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+def cpu_s(pid: int) -> float:
+    """CPU time of a process's main thread so far (/proc/PID/schedstat, ns)."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
+
+
+async def stream(session: Any, url: str, body: dict[str, Any]) -> tuple[float, int]:
+    """(seconds to the first event, events)"""
+    data = json.dumps(body).encode()
+    start = time.perf_counter()
+    first = 0.0
+    num_events = 0
+    async with session.post(url + "/v1/completions", data=data) as response:
+        assert response.status == 200, await response.text()
+        async for piece in response.content.iter_any():
+            first = first or time.perf_counter() - start
+            num_events += piece.count(b"data: {")
+    return first, num_events
+
+
+async def wait_healthy(session: Any, url: str) -> None:
+    async with asyncio.timeout(START_S):
+        while True:
+            async with session.get(url + "/health") as response:
+                if response.status == 200:
+                    return
+            await asyncio.sleep(0.05)
+
+
+async def measure_relay(url: str, pid: int, streams: int, tokens: int) -> dict[str, Any]:
+    import aiohttp
+
+    body = {"prompt": [1, 2, 3], "max_tokens": tokens, "stream": True}
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        await wait_healthy(session, url)
+        await stream(session, url, body)
+        cpu, wall = cpu_s(pid), time.perf_counter()
+        results = await asyncio.gather(*(stream(session, url, body) for _ in range(streams)))
+        cpu, wall = cpu_s(pid) - cpu, time.perf_counter() - wall
+    total = sum(count for _, count in results)
+    assert total == streams * tokens, (total, streams * tokens)
+    return {
+        "streams": streams,
+        "tokens": total,
+        "tokens_per_cpu_s": round(total / cpu),
+        "us_per_token": round(cpu / total * 1e6, 1),
+        "tokens_per_wall_s": round(total / wall),
+        "router_cpu_share": round(cpu / wall, 2),
+    }
+
+
+async def measure_ttft(url: str, length: int, text: bool, repeats: int) -> dict[str, Any]:
+    import aiohttp
+
+    rng = random.Random(length)
+    times = []
+    async with aiohttp.ClientSession() as session:
+        await wait_healthy(session, url)
+        for i in range(repeats + 20):
+            ids = [rng.randrange(97, 123) for _ in range(length)]
+            prompt: Any = bytes(ids).decode() if text else ids
+            body = {"prompt": prompt, "max_tokens": 1, "stream": True}
+            first, _ = await stream(session, url, body)
+            if i >= 20:
+                times.append(first * 1e3)
+    times.sort()
+    return {
+        "prompt": f"{length} {'characters' if text else 'token ids'}",
+        "ttft_ms_p50": round(statistics.median(times), 3),
+        "ttft_ms_p90": round(times[int(len(times) * 0.9)], 3),
+    }
+
+
+async def run_client(args: argparse.Namespace) -> None:
+    with processes(args.step_ms) as (url, pid):
+        for _ in range(args.repeats):
+            result = await asyncio.wait_for(
+                measure_relay(url, pid, args.streams, args.tokens), RUN_S
+            )
+            print(json.dumps(result), flush=True)
+    with processes(0.0) as (url, _):
+        for length in (128, 2048, 8192):
+            for text in (False, True):
+                result = await asyncio.wait_for(measure_ttft(url, length, text, 200), RUN_S)
+                print(json.dumps(result), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--streams", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=400)
+    parser.add_argument("--step-ms", type=float, default=2.0, help="of the fake engine")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--role", choices=("client", "engine", "router"), default="client")
+    parser.add_argument("--fd", type=int, default=-1)
+    args = parser.parse_args()
+    match args.role:
+        case "engine":
+            asyncio.run(run_engine(args.fd, "replica-0", args.step_ms / 1e3))
+        case "router":
+            asyncio.run(run_router(args.fd, "replica-0"))
+        case _:
+            asyncio.run(run_client(args))
+
+
+if __name__ == "__main__":
+    main()
