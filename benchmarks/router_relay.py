@@ -4,7 +4,8 @@ Three processes on real sockets: a fake engine (one message a step, a token for 
 front door, and this one, which is the client. Tokens per second of the front door's CPU time do not
 depend on how many cores the three share. TTFT is the client's, from the first byte sent to the
 first event read; the fake engine answers at once, so all of it is HTTP, the front door, two hops
-over Unix sockets, and the client's own reading: an upper bound of what the front door adds.
+over Unix sockets, and the client's own part. The same client against a bare aiohttp server that
+answers with one event shows what of it is HTTP and client; requests to the two alternate.
 
     python benchmarks/router_relay.py --streams 64 --tokens 400
 """
@@ -101,7 +102,47 @@ async def run_router(fd: int, instance: str) -> None:
     await runner.cleanup()
 
 
+async def run_bare() -> None:
+    """Reads the body, answers one event: the least that any HTTP server in Python does."""
+    from aiohttp import web
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        await request.read()
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(b"data: {}\n\n")
+        await response.write_eof()
+        return response
+
+    app = web.Application(client_max_size=1 << 25)
+    app.add_routes([web.post("/v1/completions", answer), web.get("/health", answer)])
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    print(runner.addresses[0][1], flush=True)
+    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+    await runner.cleanup()
+
+
 # ---- the client
+
+
+@contextlib.contextmanager
+def bare_server() -> Iterator[str]:
+    """URL of `run_bare` in a process of its own."""
+    process = subprocess.Popen(
+        [sys.executable, str(Path(__file__)), "--role", "bare"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert process.stdout is not None and process.stdin is not None
+        yield f"http://127.0.0.1:{int(process.stdout.readline())}"
+        process.stdin.close()
+        process.wait(START_S)
+    finally:
+        process.kill()
+        process.wait()
 
 
 @contextlib.contextmanager
@@ -184,25 +225,30 @@ async def measure_relay(url: str, pid: int, streams: int, tokens: int) -> dict[s
     }
 
 
-async def measure_ttft(url: str, length: int, text: bool, repeats: int) -> dict[str, Any]:
+async def measure_ttft(
+    url: str, bare_url: str, length: int, text: bool, repeats: int
+) -> dict[str, Any]:
     import aiohttp
 
     rng = random.Random(length)
-    times = []
+    times: list[float] = []
+    bare_times: list[float] = []
     async with aiohttp.ClientSession() as session:
-        await wait_healthy(session, url)
-        for i in range(repeats + 20):
+        for each in (url, bare_url):
+            await wait_healthy(session, each)
+        for _ in range(repeats):
             ids = [rng.randrange(97, 123) for _ in range(length)]
             prompt: Any = bytes(ids).decode() if text else ids
             body = {"prompt": prompt, "max_tokens": 1, "stream": True}
-            first, _ = await stream(session, url, body)
-            if i >= 20:
-                times.append(first * 1e3)
-    times.sort()
+            bare_times.append((await stream(session, bare_url, body))[0] * 1e3)
+            times.append((await stream(session, url, body))[0] * 1e3)
+    p50, bare_p50 = statistics.median(times), statistics.median(bare_times)
     return {
         "prompt": f"{length} {'characters' if text else 'token ids'}",
-        "ttft_ms_p50": round(statistics.median(times), 3),
-        "ttft_ms_p90": round(times[int(len(times) * 0.9)], 3),
+        "ttft_ms_p50": round(p50, 3),
+        "bare_ms_p50": round(bare_p50, 3),
+        "added_ms": round(p50 - bare_p50, 3),
+        "ttft_ms_p90": round(sorted(times)[int(len(times) * 0.9)], 3),
     }
 
 
@@ -213,10 +259,12 @@ async def run_client(args: argparse.Namespace) -> None:
                 measure_relay(url, pid, args.streams, args.tokens), RUN_S
             )
             print(json.dumps(result), flush=True)
-    with processes(0.0) as (url, _):
+    with processes(0.0) as (url, _), bare_server() as bare_url:
         for length in (128, 2048, 8192):
             for text in (False, True):
-                result = await asyncio.wait_for(measure_ttft(url, length, text, 200), RUN_S)
+                result = await asyncio.wait_for(
+                    measure_ttft(url, bare_url, length, text, 200), RUN_S
+                )
                 print(json.dumps(result), flush=True)
 
 
@@ -226,7 +274,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=400)
     parser.add_argument("--step-ms", type=float, default=2.0, help="of the fake engine")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--role", choices=("client", "engine", "router"), default="client")
+    parser.add_argument("--role", choices=("client", "engine", "router", "bare"), default="client")
     parser.add_argument("--fd", type=int, default=-1)
     args = parser.parse_args()
     match args.role:
@@ -234,6 +282,8 @@ def main() -> None:
             asyncio.run(run_engine(args.fd, "replica-0", args.step_ms / 1e3))
         case "router":
             asyncio.run(run_router(args.fd, "replica-0"))
+        case "bare":
+            asyncio.run(run_bare())
         case _:
             asyncio.run(run_client(args))
 

@@ -1,7 +1,7 @@
 """The exception tree.
 
     PdrelayError
-    ├── ConfigError              bad flags, config files, models, topologies: one line, cause and fix
+    ├── ConfigError              bad flags, files, models, topologies: one line, cause and fix
     │   └── ModelError           a model directory that cannot be served
     ├── LaunchError              a worker did not start
     ├── RequestError             one request is refused or lost; carries its HTTP status

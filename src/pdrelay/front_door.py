@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from pdrelay.core.messages import Drain
+from pdrelay.core.time_slice import request_short_slices
 from pdrelay.errors import WorkerLostError
 from pdrelay.launch.config import ServeConfig
 from pdrelay.launch.instance import Instance
@@ -56,6 +57,7 @@ class RouterFrontDoor:
 
     def __init__(self, plan: Plan, down: Callable[[], dict[str, str]]) -> None:
         """`down`: instance id to why it is not ready. Raises ConfigError and ModelError."""
+        request_short_slices()
         timeout_s = plan.config.worker_timeout_s
         self._clients = [
             StreamEngineClient(

@@ -30,6 +30,7 @@ class FakeServer:
     stopped: int = 0
     prompts: list[tuple[int, ...]] = field(default_factory=list)
     refuse: bool = False
+    pids: list[int] = field(default_factory=list)
 
     async def start(self) -> None:
         app = web.Application(client_max_size=1 << 26)

@@ -80,7 +80,7 @@ async def test_a_run_fills_every_section_and_the_report_builds(tmp_path):
 
 async def test_topologies_get_the_same_traffic(tmp_path):
     launcher = FakeLauncher()
-    chosen = config(tmp_path, experiments=("ttft", "traffic", "shapes"))
+    chosen = config(tmp_path, experiments=("ttft", "traffic"))
     await run_lab(chosen, launcher, SilentReporter())
     run = read_run(tmp_path / "run")
     for experiment in chosen.experiments:

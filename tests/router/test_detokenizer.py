@@ -54,6 +54,37 @@ def test_stop_strings_against_the_slow_way(text: str, stops: list[str], include:
     assert taken == len(text[:end].encode())
 
 
+class Pieces:
+    """A decoder whose ids stand for given pieces of text."""
+
+    def __init__(self, pieces: list[str]) -> None:
+        self._pieces = pieces
+
+    def push(self, token_id: int) -> str:
+        return self._pieces[token_id]
+
+    def finish(self) -> str:
+        return ""
+
+
+@settings(max_examples=500)
+@given(st.lists(TEXTS, max_size=6), STOPS)
+def test_tokens_of_several_characters_stop_where_single_ones_do(
+    pieces: list[str], stops: list[str]
+) -> None:
+    detokenizer = Detokenizer(Pieces(pieces), stop=stops)
+    text = ""
+    for i in range(len(pieces)):
+        text += detokenizer.push(i)
+        if detokenizer.stopped_by is not None:
+            break
+    text += detokenizer.finish()
+    whole = "".join(pieces)
+    found = slow_stop(whole, stops)
+    assert text == (whole if found is None else whole[: found[0]])
+    assert detokenizer.stopped_by == (None if found is None else whole[found[0] : found[1]])
+
+
 @settings(max_examples=200)
 @given(TEXTS, STOPS)
 def test_nothing_is_held_longer_than_it_must(text: str, stops: list[str]) -> None:

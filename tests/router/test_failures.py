@@ -75,7 +75,11 @@ async def test_a_producer_may_die_once_the_consumer_has_all() -> None:
     async with front_door(PD, auto=False) as front:
         asking = ask(front, max_tokens=3)
         await in_flight(front)
-        front.step("prefill-0", "decode-0")
+        front.step("prefill-0")
+        producer = front.flow._cluster.load_of("prefill-0")
+        assert (producer.tokens, producer.requests) == (0, 1)
+        front.step("decode-0")
+        assert producer.requests == 0, "what the consumer holds is no load of the producer"
         front.clients["prefill-0"].kill()
         front.step("decode-0")
         status, body, _ = await asking
@@ -219,3 +223,15 @@ async def test_a_bug_in_one_stream_spares_the_others(monkeypatch) -> None:
         front.step("replica-0")
         assert sorted([(await each)[0] for each in asking]) == [200, 500]
         front.assert_idle()
+
+
+async def test_a_restarted_worker_has_no_prefix_cache() -> None:
+    prompt = [97] * 200
+    async with front_door(["replica-0", "replica-1"]) as front:
+        index = front.flow._cluster._affinity._index
+        await front.post("/v1/completions", {"prompt": prompt, "max_tokens": 1})
+        (message,) = front.clients["replica-0"].sent
+        keys = index.keys(message.request)
+        assert index.longest(keys) == ("replica-0", 192)
+        front.clients["replica-0"].kill()
+        assert index.longest(keys) is None

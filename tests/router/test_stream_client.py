@@ -176,7 +176,8 @@ async def test_garbage_ends_the_connection(rig) -> None:
     assert "broke the protocol" in rig.recorder.lost[0][1]
 
 
-async def test_a_worker_that_does_not_read_blocks_nobody(rig) -> None:
+async def test_a_worker_that_does_not_read_blocks_nobody() -> None:
+    rig = Rig(ping_interval_s=60.0)  # so that no ping flushes what is queued
     rig.say_ready()
     await until(lambda: rig.client.alive)
     for _ in range(20):
@@ -189,6 +190,8 @@ async def test_a_worker_that_does_not_read_blocks_nobody(rig) -> None:
 
     await until(look)
     assert all(message == submit(200_000) for message in received)
+    rig.client.close()
+    rig.worker.close()
 
 
 async def test_close_is_idempotent(rig) -> None:

@@ -108,18 +108,16 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Raises ConfigError, and LaunchError when no server starts."""
     config = lab_config(args)
-    from rich.console import Console
-
     from pdrelay.lab.progress import RichReporter
     from pdrelay.lab.report.build import build_report
-    from pdrelay.lab.report.tables import print_summary
+    from pdrelay.lab.report.tables import console, print_summary
     from pdrelay.lab.run import run_lab_blocking
     from pdrelay.lab.server import ChildLauncher
 
     with RichReporter() as reporter:
         run_lab_blocking(config, ChildLauncher(config.startup_timeout_s), reporter)
     built = build_report(config.out)
-    print_summary(built.summary, Console())
+    print_summary(built.summary, console())
     print(f"report: {built.report}")
     return 0
 

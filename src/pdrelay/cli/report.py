@@ -21,13 +21,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Raises ConfigError for a directory that is no run or holds a damaged file."""
-    from rich.console import Console
-
     from pdrelay.lab.report.build import build_report
-    from pdrelay.lab.report.tables import print_summary
+    from pdrelay.lab.report.tables import console, print_summary
 
     built = build_report(args.directory)
     if not args.quiet:
-        print_summary(built.summary, Console())
+        print_summary(built.summary, console())
     print(f"report: {built.report}")
     return 0

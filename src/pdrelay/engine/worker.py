@@ -23,6 +23,7 @@ from pdrelay.core.kv_layout import KVLayout
 from pdrelay.core.messages import Fatal, Ready, Role, ToWorker
 from pdrelay.core.rank_config import RankConfig, read_rank_config
 from pdrelay.core.scheduler import Scheduler, SchedulerConfig
+from pdrelay.core.time_slice import request_short_slices
 from pdrelay.engine.communicator import Communicator, connect_ranks
 from pdrelay.engine.consumer import Consumer
 from pdrelay.engine.loop import EngineLoop
@@ -235,6 +236,8 @@ def _settle() -> None:
 def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front door decides when to stop
     config = read_rank_config(sys.stdin.buffer)
+    if config.device == "cpu" and config.role is not Role.PREFILL:
+        request_short_slices()  # a decode step must not wait behind another rank's prefill
     torch.set_num_threads(config.num_threads)
     torch.manual_seed(config.seed)
     if config.rank > 0:

@@ -157,7 +157,7 @@ class _Lab:
     async def _prepare(self, topology: LabTopology, rep: int, server: ServerHandle) -> Context:
         """Warm up; on the first start measure the capacity and make the trace."""
         info = await fetch_server_info(server.url)
-        context = Context(self._config, topology, rep, server.url, info)
+        context = Context(self._config, topology, rep, server.url, info, pids=server.pids)
         await self._warm_up(context)
         if "traffic" in self._config.experiments:
             if self._so_far.capacity_rps is None:

@@ -101,6 +101,7 @@ class CaseInfo(msgspec.Struct, kw_only=True):
     rate: float | None = None  # requests/s offered
     input_len: int | None = None  # tokens; None: drawn
     output_len: int | None = None
+    foreign_cores: float | None = None  # kept busy by other processes meanwhile, on average
     distinct_prompts: bool = True  # no two prompts share a block, so no prefix hit is possible
     parameters: dict[str, Any] = {}
 

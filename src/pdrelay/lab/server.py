@@ -32,6 +32,10 @@ class ServerHandle(Protocol):
     argv: list[str]  # reproduces it
     startup_s: float
 
+    @property
+    def pids(self) -> list[int]:
+        """All its processes."""
+
     def workers(self) -> list[WorkerInfo]:
         """What its ranks are, and their peak memory so far."""
 
@@ -80,6 +84,11 @@ class ChildServer:
     startup_s: float
     process: asyncio.subprocess.Process
     ready: list[_ReadyWorker]
+
+    @property
+    def pids(self) -> list[int]:
+        ranks = [pid for worker in self.ready for pid in worker.pids or [worker.pid]]
+        return [self.process.pid, *ranks]
 
     def workers(self) -> list[WorkerInfo]:
         return [

@@ -4,20 +4,24 @@ Rivals of a P/D topology are the co-located ones on the same number of GPUs. Cas
 error are left out.
 
     goodput       best good requests/s a GPU over the Poisson rates. Win or loss: the intervals do
-                  not overlap and the figures differ by more than 5 %; otherwise a tie.
+                  not overlap and the figures differ by more than 5 %; otherwise a tie. Only rates
+                  at which no topology's case is void are compared; unknown when that left out
+                  rates and nobody misses the service level at those that remain.
     interference  P/D protects running streams when its busy p99 gap stays within 2x its quiet
                   median and less than 2 % of its streams' busy time is stalled, while every rival
                   is disturbed: busy gaps over 5x the quiet median (at the highest percentile that
-                  the sample allows), or over 10 % of the streams' busy time stalled.
+                  the sample allows), or over 10 % of the streams' busy time stalled. It reduces
+                  the disturbance when every rival is disturbed and it is not, but not calm either.
 
     goodput   interference   decision
     win       any            disaggregate
     tie       protects       disaggregate
+    tie       reduces        depends
     tie       does not       do not disaggregate
-    loss      protects       depends: smooth streams against goodput
+    loss      protects, reduces   depends: smooth streams against goodput
     loss      does not       do not disaggregate
-    unknown   protects       depends
-    unknown   does not       do not disaggregate
+    unknown   protects, reduces   depends
+    unknown   does not       no evidence
     unknown   unknown        no evidence
 """
 
@@ -46,7 +50,7 @@ DISTURBED_SHARE = 0.1
 ATTAINMENT_TARGET = 0.9
 
 Goodput = Literal["win", "loss", "tie", "unknown"]
-Protection = Literal["protects", "does not", "unknown"]
+Protection = Literal["protects", "reduces", "does not", "unknown"]
 Decision = Literal["disaggregate", "do-not-disaggregate", "depends", "no-evidence"]
 
 _HEADLINES: dict[Decision, str] = {
@@ -78,7 +82,8 @@ def verdict(
     labels = {t.name: t.label for t in topologies}
     names = [t.name for t in rivals]
     void = {(flag.experiment, flag.topology, flag.case) for flag in flags if is_void(flag)}
-    traffic = [row for row in traffic if ("traffic", row.topology, row.case) not in void]
+    voided = {case for kind, name, case in void if kind == "traffic" and name in {pd.name, *names}}
+    compared = [row for row in traffic if row.case not in voided]
     interference = [
         row for row in interference if ("interference", row.topology, "interference") not in void
     ]
@@ -87,7 +92,13 @@ def verdict(
         for row in ratios
         if not {("ttft", name, row.case) for name in (row.topology, row.versus)} & void
     ]
-    goodput, goodput_said = judge_goodput(pd.name, names, traffic, labels)
+    goodput, goodput_said = judge_goodput(pd.name, names, compared, labels)
+    if voided and not any(
+        row.attainment.value is not None and row.attainment.value < ATTAINMENT_TARGET
+        for row in compared
+        if row.topology in {pd.name, *names}
+    ):
+        goodput = "unknown"
     protection, protection_said = judge_interference(pd.name, names, interference, labels)
     decision = decide(goodput, protection)
     said = [
@@ -95,7 +106,7 @@ def verdict(
         *protection_said,
         *say_ttft(pd.name, names, ratios, labels),
         *say_hand_over(pd.name, ttft, labels),
-        *say_saturation(pd.name, names, traffic, labels),
+        *say_saturation(pd.name, names, compared, labels),
         *say_flags(flags),
     ]
     return Verdict(
@@ -109,10 +120,12 @@ def decide(goodput: Goodput, protection: Protection) -> Decision:
     """The table in the module's docstring."""
     if goodput == "win":
         return "disaggregate"
-    if goodput == "unknown" and protection == "unknown":
+    if goodput == "unknown" and protection in ("does not", "unknown"):
         return "no-evidence"
     if protection == "protects":
         return "disaggregate" if goodput == "tie" else "depends"
+    if protection == "reduces":
+        return "depends"
     return "do-not-disaggregate"
 
 
@@ -121,14 +134,20 @@ def _because(goodput: Goodput, protection: Protection, label: str) -> str:
         "win": f"{label} serves more good requests per GPU than every rival",
         "loss": f"a co-located rival serves more good requests per GPU than {label}",
         "tie": f"{label} and its best rival serve as many good requests per GPU, within error",
-        "unknown": "goodput was not measured",
+        "unknown": "goodput cannot be judged",
     }[goodput]
     by_protection = {
         "protects": "its streams keep their pace while long prompts arrive, the rivals' do not",
-        "does not": "it does not set itself apart in how steadily streams decode",
-        "unknown": "interference was not measured",
+        "reduces": "long prompts disturb its streams less than the rivals'",
+        "does not": "its streams are not clearly steadier than the rivals' under long prompts",
+        "unknown": "interference cannot be judged",
     }[protection]
-    link = "but" if (goodput, protection) in (("loss", "protects"), ("win", "does not")) else "and"
+    helps = protection in ("protects", "reduces")
+    link = (
+        "but"
+        if (goodput == "loss" and helps) or (goodput, protection) == ("win", "does not")
+        else "and"
+    )
     text = f"{by_goodput}, {link} {by_protection}."
     return text[0].upper() + text[1:]
 
@@ -194,19 +213,27 @@ def judge_interference(
     theirs = [by_name[name] for name in rivals if name in by_name]
     if ours is None or ours.factor is None or not any(row.factor for row in theirs):
         return "unknown", []
-    outcome: Protection = (
-        "protects" if is_calm(ours) and all(map(is_disturbed, theirs)) else "does not"
-    )
+    outcome = _protection(ours, theirs)
     text = (
         f"Interference: while {ours.long_input_len:,}-token prompts are prefilled beside "
         f"{ours.num_streams} streams, {_describe(ours, labels)}; "
         + "; ".join(_describe(row, labels) for row in theirs)
         + "."
     )
-    tone: Literal["good", "bad", "neutral"] = "good" if outcome == "protects" else "neutral"
+    tone: Literal["good", "bad", "neutral"] = (
+        "good" if outcome in ("protects", "reduces") else "neutral"
+    )
     if is_disturbed(ours):
         tone = "bad"
     return outcome, [Sentence(rule="interference", tone=tone, text=text)]
+
+
+def _protection(ours: InterferenceRow, theirs: list[InterferenceRow]) -> Protection:
+    if not all(map(is_disturbed, theirs)) or is_disturbed(ours):
+        return "does not"
+    if ours.factor_percentile != 99.0:
+        return "unknown"
+    return "protects" if is_calm(ours) else "reduces"
 
 
 def is_calm(row: InterferenceRow) -> bool:
@@ -324,6 +351,22 @@ def is_void(flag: CaseFlag) -> bool:
 
 
 def say_flags(flags: list[CaseFlag]) -> list[Sentence]:
+    """Cautions: void cases, and a host that did other work."""
+    return [*_say_void(flags), *_say_busy_host(flags)]
+
+
+def _say_busy_host(flags: list[CaseFlag]) -> list[Sentence]:
+    busy = [flag for flag in flags if flag.code == "busy_host"]
+    if not busy:
+        return []
+    text = (
+        f"Caution: other processes used the host during {len(busy)} cases, so differences between "
+        "topologies may be theirs; run again on a quiet host."
+    )
+    return [Sentence(rule="busy_host", tone="bad", text=text)]
+
+
+def _say_void(flags: list[CaseFlag]) -> list[Sentence]:
     errors = [flag for flag in flags if is_void(flag)]
     if not errors:
         return []

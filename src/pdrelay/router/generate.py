@@ -69,7 +69,7 @@ class Generator:
         body = decode_body(raw, CompletionRequest)
         check_model(body.model, self._model)
         self._refuse_when_full()
-        given = completion_prompts(body)
+        given = completion_prompts(body, self._model.vocab_size)
         check_prompt_count(len(given), self._config)
         prompts = [await self._completion_prompt(body, each) for each in given]
         for prompt in prompts:

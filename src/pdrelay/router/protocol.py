@@ -134,7 +134,7 @@ def decode_body(body: bytes, body_type: type[Body]) -> Body:
         raise InvalidRequestError("the body is not valid JSON: it is nested too deeply") from None
 
 
-def decode_field(raw: Raw, field_type: Any, name: str) -> Any:
+def decode_field(raw: bytes, field_type: Any, name: str) -> Any:
     """Decode one field that was kept raw. Raises InvalidRequestError."""
     try:
         return msgspec.json.decode(raw, type=field_type)

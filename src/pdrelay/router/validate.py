@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import msgspec
-from msgspec import UNSET, Raw
+from msgspec import UNSET, UnsetType
 
 from pdrelay.core.sampling_params import SamplingParams
 from pdrelay.errors import InvalidRequestError
@@ -87,31 +87,38 @@ class Limits:
 # ---- prompts
 
 
-def completion_prompts(body: CompletionRequest) -> list[str] | list[list[int]]:
-    """The four forms of `prompt`, as a list. Raises InvalidRequestError."""
-    raw = body.prompt
-    if raw is UNSET or raw == b"null":
+def completion_prompts(body: CompletionRequest, vocab_size: int) -> list[str] | list[list[int]]:
+    """The four forms of `prompt`, as a list. Raises InvalidRequestError.
+
+    Token ids are checked against the vocabulary while they are decoded: a pass over them in Python
+    would cost as much as decoding does.
+    """
+    raw = b"null" if isinstance(body.prompt, UnsetType) else bytes(body.prompt).lstrip()
+    if raw == b"null":
         raise InvalidRequestError("prompt is missing", "prompt")
-    assert isinstance(raw, Raw)
-    head = bytes(raw).lstrip()[:1]
-    if head == b'"':
+    if raw[:1] == b'"':
         return [decode_field(raw, str, "prompt")]
-    if head != b"[":
+    if raw[:1] != b"[":
         raise InvalidRequestError(
             "prompt must be text, a list of texts, token ids, or a list of lists of token ids",
             "prompt",
         )
-    inner = bytes(raw).lstrip()[1:].lstrip()[:1]
+    inner = raw[1:].lstrip()[:1]
     if inner == b"]":
         raise InvalidRequestError("prompt is empty", "prompt")
     if inner == b'"':
         texts: list[str] = decode_field(raw, list[str], "prompt")
         return texts
-    token_id = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
-    if inner == b"[":
-        lists: list[list[int]] = decode_field(raw, list[list[token_id]], "prompt")
-        return lists
-    return [decode_field(raw, list[token_id], "prompt")]
+    token_id = Annotated[int, msgspec.Meta(ge=0, lt=vocab_size)]
+    try:
+        if inner == b"[":
+            lists: list[list[int]] = decode_field(raw, list[list[token_id]], "prompt")
+            return lists
+        return [decode_field(raw, list[token_id], "prompt")]
+    except InvalidRequestError as error:
+        raise InvalidRequestError(
+            f"{error} (the vocabulary has {vocab_size} token ids)", "prompt"
+        ) from None
 
 
 def check_prompt_count(count: int, config: RouterConfig) -> None:
@@ -192,12 +199,6 @@ def check_prompt(prompt: Prompt, model: ModelInfo, param: str) -> None:
             f"{model.max_model_len}, output included: shorten the prompt",
             param,
         )
-    if prompt.text is None:
-        highest = max(token_ids)
-        if highest >= model.vocab_size:
-            raise InvalidRequestError(
-                f"token id {highest} is outside the vocabulary of {model.vocab_size}", param
-            )
 
 
 # ---- sampling

@@ -6,7 +6,7 @@ import asyncio
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from pdrelay.bench.token_ids import DEFAULT_VOCAB_SIZE
 from pdrelay.bench.traces import TraceInfo
 from pdrelay.bench.workload import from_lengths
 from pdrelay.lab.config import LabConfig, Scale
+from pdrelay.lab.host_load import foreign_cores, sample
 from pdrelay.lab.rundir import STREAM_TAG, Case, CaseInfo, write_case
 from pdrelay.lab.topology import LabTopology
 
@@ -44,7 +45,9 @@ class Context:
     rep: int
     url: str
     server: ServerInfo
+    pids: list[int] = field(default_factory=list)  # the server's processes
     capacity_rps: float | None = None
+    foreign: float | None = None  # cores that others used during the latest load
     trace_path: Path | None = None
     trace: tuple[list[BenchRequest], TraceInfo] | None = None
 
@@ -80,7 +83,8 @@ class Context:
         stop: asyncio.Event | None = None,
     ) -> LoadResult:
         """Send and record. Request ids are unique in the run."""
-        return await run_load(
+        before = sample(self.pids)
+        result = await run_load(
             self.url,
             requests,
             model=self.server.model,
@@ -89,6 +93,8 @@ class Context:
             request_id_prefix=f"{self.topology.name}-{self.rep}-{name}",
             stop=stop,
         )
+        self.foreign = foreign_cores(before, sample(self.pids))
+        return result
 
     @asynccontextmanager
     async def streams(self, name: str) -> AsyncIterator[list[ClientRecord]]:
@@ -141,6 +147,7 @@ class Context:
             input_len=input_len,
             output_len=output_len,
             distinct_prompts=distinct_prompts,
+            foreign_cores=self.foreign,
             parameters=parameters,
         )
         write_case(self.config.out, Case(info, [*streams, *result.records]))

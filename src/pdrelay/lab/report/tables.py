@@ -8,6 +8,14 @@ from rich.table import Table
 from pdrelay.lab import fmt
 from pdrelay.lab.report.figures import Summary
 
+FILE_WIDTH = 160  # columns, where the output is no terminal
+
+
+def console() -> Console:
+    """Standard output; wide where it is no terminal."""
+    plain = Console()
+    return plain if plain.is_terminal else Console(width=FILE_WIDTH)
+
 
 def print_summary(summary: Summary, console: Console) -> None:
     """Verdict and one table an experiment."""
@@ -52,7 +60,7 @@ def _traffic(summary: Summary) -> Table:
     table = _table(
         "2 traffic",
         "topology",
-        "workload",
+        "case",
         "req/s",
         "TTFT p50, ms",
         "ITL p50",
@@ -64,7 +72,7 @@ def _traffic(summary: Summary) -> Table:
     for row in summary.traffic:
         cells = (
             summary.label(row.topology),
-            row.workload,
+            row.case,
             fmt.number(row.rate),
             fmt.estimate(row.ttft),
             fmt.number(row.itl.value) if row.itl.known else row.itl.note,

@@ -11,6 +11,9 @@ from pdrelay.lab.report.traffic import completed_rate, is_sustained
 from pdrelay.lab.report.transfers import transfer_of
 from pdrelay.lab.rundir import EXPERIMENTS, Case, Run
 
+# More than this many cores busy with other work, on average over a case, shows in its latencies.
+MAX_FOREIGN_CORES = 0.1
+
 
 def case_flags(run: Run) -> list[CaseFlag]:
     """All flags, by experiment, topology and case; notes of the run last."""
@@ -18,7 +21,12 @@ def case_flags(run: Run) -> list[CaseFlag]:
     for experiment in EXPERIMENTS:
         for name in run.topologies:
             for case in run.select(experiment, name):
-                flags += [*_client_flags(case), *_load_flags(case), *_record_flags(run, case)]
+                flags += [
+                    *_client_flags(case),
+                    *_load_flags(case),
+                    *_host_flags(case),
+                    *_record_flags(run, case),
+                ]
             if not run.select(experiment, name) and experiment in run.info.experiments:
                 flags.append(_missing(name, experiment))
     return flags
@@ -63,6 +71,18 @@ def _load_flags(case: Case) -> Iterator[CaseFlag]:
         f"completed {completed_rate(case):.2f} of {case.info.rate or 0:.2f} req/s offered: past "
         "saturation, latencies depend on how long it is offered",
     )
+
+
+def _host_flags(case: Case) -> Iterator[CaseFlag]:
+    foreign = case.info.foreign_cores
+    if foreign is not None and foreign > MAX_FOREIGN_CORES:
+        yield _flag(
+            case,
+            "busy_host",
+            "warning",
+            f"other processes kept {foreign:.2f} cores busy meanwhile: latencies hold their noise; "
+            "run again on a quiet host",
+        )
 
 
 def _record_flags(run: Run, case: Case) -> Iterator[CaseFlag]:
