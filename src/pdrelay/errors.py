@@ -1,16 +1,16 @@
 """The exception tree.
 
-    PdrelayError
-    ├── ConfigError              bad flags, files, models, topologies: one line, cause and fix
-    │   └── ModelError           a model directory that cannot be served
-    ├── LaunchError              a worker did not start
-    ├── RequestError             one request is refused or lost; carries its HTTP status
-    │   ├── InvalidRequestError  400
-    │   ├── OverloadedError      429, with retry_after seconds
-    │   ├── WorkerLostError      503, the worker that held the request died
-    │   └── DeadlineError        504, a wait reached its deadline
-    ├── TransportError           KV pages could not be moved
-    └── ProtocolError            a peer sent what the protocol does not allow
+PdrelayError
+├── ConfigError              bad flags, files, models, topologies: one line, cause and fix
+│   └── ModelError           a model directory that cannot be served
+├── LaunchError              a worker did not start
+├── RequestError             one request is refused or lost; carries its HTTP status
+│   ├── InvalidRequestError  400
+│   ├── OverloadedError      429, with retry_after seconds
+│   ├── WorkerLostError      503, the worker that held the request died
+│   └── DeadlineError        504, a wait reached its deadline
+├── TransportError           KV pages could not be moved
+└── ProtocolError            a peer sent what the protocol does not allow
 """
 
 

@@ -255,3 +255,13 @@ def test_terminal_tables_show_the_same_figures(built):
         assert title in printed
     assert "[/" not in printed
     assert "n=3<11" in printed
+
+
+def test_tokens_read_at_once_are_flagged(tmp_path):
+    write_run(tmp_path, topologies="replicas:2,pd:1:1")
+    run = read_run(tmp_path)
+    case = run.select("shapes", "pd-1-1")[0]
+    for record in case.records:
+        record.chunk_ns = [t for t in record.chunk_ns[::2] for _ in range(2)]
+    (flag,) = summarize(run).flags
+    assert (flag.code, flag.case) == ("merged_reads", case.info.case)

@@ -41,7 +41,7 @@ class Event(msgspec.Struct, omit_defaults=True):
     detail: str = ""
 
 
-class RequestRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
+class RequestRecord(msgspec.Struct, kw_only=True):
     """The life of one request, one JSON line in `events.jsonl`."""
 
     schema_version: int = SCHEMA_VERSION

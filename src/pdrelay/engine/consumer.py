@@ -120,9 +120,9 @@ class Consumer:
         producer = self._producer_of.pop(request.request_id)
         incoming = Incoming(request, producer, reservation.first_block, reservation.blocks)
         self._incoming[request.request_id] = incoming
-        self._outbox.event(
-            request.request_id, Event(EventKind.RESERVED, self._clock(), self._instance)
-        )
+        detail = f"first_block={incoming.first_block}"
+        event = Event(EventKind.RESERVED, self._clock(), self._instance, detail=detail)
+        self._outbox.event(request.request_id, event)
         if incoming.blocks:
             keys = request.prompt_keys(self._scheduler.config.block_size)
             self._transport.expect(request.request_id, incoming.first_block, incoming.blocks, keys)
@@ -151,7 +151,7 @@ class Consumer:
         for report in self._transport.poll():
             match report:
                 case Arrived():
-                    self._on_arrived(report.report.transfer_id)
+                    self._on_arrived(report.report.transfer_id, report.report.num_bytes)
                 case TransferFailed(transfer_id=transfer_id, message=text):
                     incoming = self._incoming.get(transfer_id)
                     if incoming is not None and incoming.request.status is Status.RESERVED:
@@ -253,9 +253,10 @@ class Consumer:
             num_pages = len(incoming.blocks) * self._layout.num_layers
             self._transport.commit(commit.request_id, num_pages)
         else:
-            self._on_arrived(commit.request_id)
+            self._on_arrived(commit.request_id, 0)
 
-    def _on_arrived(self, request_id: str) -> None:
+    def _on_arrived(self, request_id: str, taken_bytes: int) -> None:
+        """`taken_bytes`: what this side's transport counted."""
         incoming = self._incoming.get(request_id)
         if incoming is None or incoming.commit is None:
             return
@@ -274,12 +275,13 @@ class Consumer:
             )
             return
         del self._incoming[request_id]
-        self._report(incoming, commit)
+        # Without slots the producer sends to a store: what came here is what was taken from it.
+        needs_slots = self._transport.capabilities.needs_slots
+        self._report(incoming, commit, commit.num_bytes if needs_slots else taken_bytes)
         self._scheduler.commit(request, commit.first_token)
 
-    def _report(self, incoming: Incoming, commit: Commit) -> None:
+    def _report(self, incoming: Incoming, commit: Commit, moved: int) -> None:
         request_id = incoming.request.request_id
-        moved = len(incoming.blocks) * self._layout.block_bytes
         self.bytes_received += moved
         if commit.start_ns:
             start = Event(EventKind.TRANSFER_START, commit.start_ns, incoming.producer)

@@ -13,6 +13,8 @@ from pdrelay.lab.rundir import EXPERIMENTS, Case, Run
 
 # More than this many cores busy with other work, on average over a case, shows in its latencies.
 MAX_FOREIGN_CORES = 0.1
+# A larger share of gaps without length, and the median of the others is no longer the ITL's.
+MAX_MERGED_SHARE = 0.02
 
 
 def case_flags(run: Run) -> list[CaseFlag]:
@@ -25,6 +27,7 @@ def case_flags(run: Run) -> list[CaseFlag]:
                     *_client_flags(case),
                     *_load_flags(case),
                     *_host_flags(case),
+                    *_gap_flags(case),
                     *_record_flags(run, case),
                 ]
             if not run.select(experiment, name) and experiment in run.info.experiments:
@@ -71,6 +74,21 @@ def _load_flags(case: Case) -> Iterator[CaseFlag]:
         f"completed {completed_rate(case):.2f} of {case.info.rate or 0:.2f} req/s offered: past "
         "saturation, latencies depend on how long it is offered",
     )
+
+
+def _gap_flags(case: Case) -> Iterator[CaseFlag]:
+    """Tokens that the client took from its socket in one read have no gap between them."""
+    gaps = [gap for record in case.records for gap in record.itls_ms]
+    merged = sum(gap == 0 for gap in gaps)
+    if merged > MAX_MERGED_SHARE * len(gaps):
+        yield _flag(
+            case,
+            "merged_reads",
+            "warning",
+            f"{merged / len(gaps):.0%} of the ITL gaps are 0: the client or the front door was "
+            "late and took several tokens at once, so low percentiles of ITL are too low; free a "
+            "core for the client",
+        )
 
 
 def _host_flags(case: Case) -> Iterator[CaseFlag]:
