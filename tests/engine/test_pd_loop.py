@@ -196,17 +196,22 @@ def at_phase(door, prefill, decode, address, phase, then):
         gate.go.set()
 
 
+def next_request_agrees(door, prefill, decode, address):
+    """The pair serves on, gives the expected tokens, and ends with clean books."""
+    door.relay(prefill, decode, address, door.request("next", list(range(22)), 6))
+    door.finish("next")
+    assert door.seen["next"].tokens() == expected_tokens(range(22), 6)
+    door.settle()
+    door.drain()
+
+
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_client_that_leaves_frees_both_sides(kit, phase):
     prefill, decode, address = make_pair(kit, d={"num_blocks": 200})
     door = FrontDoor(prefill, decode)
     at_phase(door, prefill, decode, address, phase, lambda: door.abort("a"))
     door.settle()
-    door.relay(prefill, decode, address, door.request("next", list(range(22)), 6))
-    door.finish("next")
-    assert door.seen["next"].tokens() == expected_tokens(range(22), 6)
-    door.settle()
-    door.drain()
+    next_request_agrees(door, prefill, decode, address)
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -222,11 +227,7 @@ def test_a_dead_producer_costs_its_requests_and_nothing_else(kit, phase):
     door.settle()
     again = Instance("prefill-0", transport_factory=kit.factory)
     door.add(again)
-    door.relay(again, decode, address, door.request("next", list(range(22)), 6))
-    door.finish("next")
-    assert door.seen["next"].tokens() == expected_tokens(range(22), 6)
-    door.settle()
-    door.drain()
+    next_request_agrees(door, again, decode, address)
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -243,11 +244,7 @@ def test_a_dead_consumer_costs_its_requests_and_nothing_else(kit, phase):
     address = socket_path(kit.directory, "second.sock")
     again = Instance("decode-0", transport_factory=kit.factory, address=address)
     door.add(again)
-    door.relay(prefill, again, address, door.request("next", list(range(22)), 6))
-    door.finish("next")
-    assert door.seen["next"].tokens() == expected_tokens(range(22), 6)
-    door.settle()
-    door.drain()
+    next_request_agrees(door, prefill, again, address)
 
 
 def test_a_consumer_that_is_not_there_is_a_clear_failure(kit):
