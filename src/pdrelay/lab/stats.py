@@ -148,9 +148,9 @@ def proportion_estimate(successes: int, n: int) -> Estimate:
     z, share = 1.959964, successes / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return Estimate(
-        value=share, lo=max(0.0, centre - half), hi=min(1.0, centre + half), n=n, method="Wilson"
-    )
+    # At shares of 0 and 1 one end is the share itself: rounding must not push it past.
+    lo, hi = min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))
+    return Estimate(value=share, lo=lo, hi=hi, n=n, method="Wilson")
 
 
 def ratio_estimate(
