@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from aiohttp import web
 
+from pdrelay.core.heap import settle_heap
 from pdrelay.errors import LaunchError, TransportError
 from pdrelay.launch.config import ServeConfig
 from pdrelay.launch.host import inspect_host
@@ -179,6 +180,7 @@ class _Server:
         started = time.monotonic()
         if not await _unless(asyncio.create_task(self._supervisor.start()), stop.drain):
             return
+        settle_heap()
         self._announce(time.monotonic() - started)
         await stop.drain.wait()
         _say("pdrelay is draining; a second signal ends it at once")

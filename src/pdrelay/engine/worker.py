@@ -5,7 +5,6 @@ Run as `python -m pdrelay.engine.worker` by the launcher, with the configuration
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import socket
@@ -19,6 +18,7 @@ import torch
 from pdrelay.core.block_manager import BlockManager
 from pdrelay.core.channel import Channel
 from pdrelay.core.clock import monotonic_ns
+from pdrelay.core.heap import settle_heap
 from pdrelay.core.kv_layout import KVLayout
 from pdrelay.core.messages import Fatal, Ready, Role, ToWorker
 from pdrelay.core.rank_config import RankConfig, read_rank_config
@@ -98,7 +98,7 @@ def follow(config: RankConfig) -> None:
     rank = build_rank(config, communicator)
     communicator.barrier()
     follower = Follower(_rendezvous_path(config, "tp"))
-    _settle()
+    settle_heap()
     with torch.inference_mode():
         while (batch := follower.next_batch()) is not None:
             forward(rank.model, rank.kv_pool, batch, None)
@@ -164,7 +164,7 @@ def lead(config: RankConfig, control: Channel[ToWorker]) -> None:
         clock=monotonic_ns,
         prefix_writer=prefix_writer,
     )
-    _settle()
+    settle_heap()
     control.send(_ready(rank))
     try:
         loop.run()
@@ -225,12 +225,6 @@ def _ready(rank: Rank) -> Ready:
             "torch": str(torch.__version__),
         },
     )
-
-
-def _settle() -> None:
-    """Everything alive now stays: keep the collector from walking it in the middle of a step."""
-    gc.collect()
-    gc.freeze()
 
 
 def main() -> int:
