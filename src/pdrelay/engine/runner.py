@@ -13,9 +13,8 @@ from pdrelay.engine.attention.context import DecodeSegment, ForwardContext, Pref
 from pdrelay.engine.batch import BatchInput, build_batch, wants_prompt_logprobs
 from pdrelay.engine.models.registry import CausalLM
 from pdrelay.engine.sampler import SamplingRow, sample, token_logprobs
-from pdrelay.engine.step import StepTokens
-
-LayerHook = Callable[[int], None]
+from pdrelay.engine.remote_store import RemoteStore
+from pdrelay.engine.step import DoneStep, LayerHook, StepTokens
 
 
 def _int64(data: bytes) -> torch.Tensor:
@@ -55,7 +54,7 @@ def forward(
 
 
 class ModelRunner:
-    """Rank 0's runner. `broadcast` hands the batch to the other ranks before computing."""
+    """Rank 0's synchronous runner. `broadcast` hands the batch to the other ranks before computing."""
 
     def __init__(
         self,
@@ -69,13 +68,26 @@ class ModelRunner:
         self._block_size = block_size
         self._broadcast = broadcast
 
+    @property
+    def depth(self) -> int:
+        return 1
+
+    def fileno(self) -> int | None:
+        return None
+
+    def drain_news(self) -> None:
+        pass
+
     @torch.inference_mode()
-    def execute(self, plan: StepPlan, after_layer: LayerHook | None) -> StepTokens:
+    def launch(
+        self, plan: StepPlan, after_layer: LayerHook | None, remote: RemoteStore | None
+    ) -> DoneStep:
+        assert remote is None, "peers' pages are stored into by the transport here"
         batch = build_batch(plan, self._block_size)
         if self._broadcast is not None:
             self._broadcast(batch)
         logits = forward(self._model, self._kv_pool, batch, after_layer)
-        return self._sample(plan, logits)
+        return DoneStep(self._sample(plan, logits))
 
     def _sample(self, plan: StepPlan, logits: torch.Tensor) -> StepTokens:
         prompt_logprobs: dict[str, list[TokenLogprobs]] = {}

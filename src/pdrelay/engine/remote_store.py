@@ -1,0 +1,21 @@
+"""Where a prefill step stores its K and V besides its own pages: a peer's pool, mapped here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class RemoteStore:
+    """`pool`: the peer's `[num_layers, num_blocks', 2, block_size, num_kv_heads, head_dim]`,
+    reachable by kernels of this rank's device. `slots`: int64 [T], the slot of each row of the
+    flat batch in that pool, block * block_size + offset; -1: that row is not for the peer.
+
+    A producer hands `slots` over in host memory; the runner uploads them with the step's other
+    inputs, and the model sees them on its device. All rows of a step go to one peer.
+    """
+
+    pool: torch.Tensor
+    slots: torch.Tensor
