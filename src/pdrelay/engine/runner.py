@@ -12,8 +12,8 @@ from pdrelay.core.scheduler import Chunk, StepPlan
 from pdrelay.engine.attention.context import DecodeSegment, ForwardContext, PrefillSegment
 from pdrelay.engine.batch import BatchInput, build_batch, wants_prompt_logprobs
 from pdrelay.engine.models.registry import CausalLM
-from pdrelay.engine.sampler import SamplingRow, sample, token_logprobs
 from pdrelay.engine.remote_store import RemoteStore
+from pdrelay.engine.sampler import SamplingRow, sample, token_logprobs
 from pdrelay.engine.step import DoneStep, LayerHook, StepTokens
 
 
@@ -54,7 +54,10 @@ def forward(
 
 
 class ModelRunner:
-    """Rank 0's synchronous runner. `broadcast` hands the batch to the other ranks before computing."""
+    """Rank 0's synchronous runner.
+
+    `broadcast` hands the batch to the other ranks before computing.
+    """
 
     def __init__(
         self,
