@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from typing import NamedTuple
+
 import torch
+
+
+class RemoteLayer(NamedTuple):
+    """One layer of a `RemoteStore`: `pages` [num_blocks', 2, block_size, Hkv, D], int64 slots."""
+
+    pages: torch.Tensor
+    slots: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -19,3 +28,6 @@ class RemoteStore:
 
     pool: torch.Tensor
     slots: torch.Tensor
+
+    def layer(self, index: int) -> RemoteLayer:
+        return RemoteLayer(self.pool[index], self.slots)
