@@ -7,6 +7,7 @@ show is in test_cuda_gpu.py.
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,7 +27,6 @@ from pdrelay.engine.cuda_runner import CudaRunner
 from pdrelay.engine.decode_buckets import bucket_of, decode_buckets
 from pdrelay.engine.kernels.gpu import TorchKernels
 from pdrelay.engine.models import build_model
-from pdrelay.engine.remote_store import RemoteStore
 from pdrelay.engine.runner import ModelRunner
 from pdrelay.engine.step import needs_host_tokens
 from pdrelay.engine.step_executor import StepExecutor, StepLimits
@@ -186,7 +186,7 @@ def test_a_step_stores_into_a_peers_pages_too():
     (table,) = [chunk.request.block_table for chunk in plan.chunks]
     blocks = [8, 2, 5]  # in the peer's pool
     slots = [blocks[p // 8] * 8 + p % 8 if p >= 8 else -1 for p in range(20)]  # it has the first
-    runner.launch(plan, None, RemoteStore(peer, torch.tensor(slots))).result()
+    runner.launch(plan, None, SimpleNamespace(tensor=peer, slots=np.array(slots))).result()
     assert torch.equal(peer[:, 2], pool[:, table[1]])
     assert torch.equal(peer[:, 5, :, :4], pool[:, table[2], :, :4])
     untouched = [b for b in range(9) if b not in (2, 5)]

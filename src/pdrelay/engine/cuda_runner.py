@@ -18,10 +18,9 @@ from pdrelay.core.messages import TokenLogprobs
 from pdrelay.core.scheduler import Chunk, StepPlan
 from pdrelay.engine.accelerator import Accelerator, DeviceEvent
 from pdrelay.engine.batch import wants_prompt_logprobs
-from pdrelay.engine.remote_store import RemoteStore
 from pdrelay.engine.runner import output_index, sample_on_host, sampling_row
 from pdrelay.engine.sampler import is_host_choice
-from pdrelay.engine.step import DoneStep, LayerHook, StepHandle, StepTokens
+from pdrelay.engine.step import DoneStep, LayerHook, RemoteSlots, StepHandle, StepTokens
 from pdrelay.engine.step_executor import StepExecutor, StepLimits
 from pdrelay.engine.step_packer import Sampling, StepPacker
 
@@ -72,7 +71,7 @@ class CudaRunner:
         self._accelerator.drain_news()
 
     def launch(
-        self, plan: StepPlan, after_layer: LayerHook | None, remote: RemoteStore | None
+        self, plan: StepPlan, after_layer: LayerHook | None, remote: RemoteSlots | None
     ) -> StepHandle:
         staging = self._free.popleft()
         sampling_chunks = [chunk for chunk in plan.chunks if chunk.samples]
@@ -88,7 +87,7 @@ class CudaRunner:
             None if remote is None else remote.slots,
             staging.words.numpy(),
         )
-        remote_pool = None if remote is None else remote.pool
+        remote_pool = None if remote is None else remote.tensor
         logits = self._executor.run(header, staging.words, after_layer, remote_pool)
         self._sampled_rows, self._known_tokens = {}, {}
         request_ids = [chunk.request.request_id for chunk in sampling_chunks]

@@ -12,19 +12,15 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pdrelay.core.kv_layout import KVLayout
 from pdrelay.core.messages import TokenLogprobs
 from pdrelay.core.scheduler import Chunk, StepPlan
-from pdrelay.engine.step import DoneStep, LayerHook, StepTokens
+from pdrelay.engine.step import DoneStep, LayerHook, RemoteSlots, StepTokens
 from pdrelay.engine.step_news import StepNews
 from pdrelay.transport.pages import SharedPages
-
-if TYPE_CHECKING:
-    from pdrelay.engine.remote_store import RemoteStore
 
 VOCAB_SIZE = 900
 
@@ -119,7 +115,7 @@ class FakeRunner:
         self.before_layer: Callable[[int], None] | None = None  # tests interfere here
 
     def launch(
-        self, plan: StepPlan, after_layer: LayerHook | None, remote: RemoteStore | None
+        self, plan: StepPlan, after_layer: LayerHook | None, remote: RemoteSlots | None
     ) -> DoneStep:
         assert remote is None
         assert not any(chunk.token_pending for chunk in plan.chunks)
@@ -159,7 +155,7 @@ class AsyncFakeRunner:
         self._thread.start()
 
     def launch(
-        self, plan: StepPlan, after_layer: LayerHook | None, remote: RemoteStore | None
+        self, plan: StepPlan, after_layer: LayerHook | None, remote: RemoteSlots | None
     ) -> _FakeStep:
         assert remote is None
         rows = [_Row.of(chunk) for chunk in plan.chunks]

@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 from pdrelay.core.channel import Channel
 from pdrelay.core.clock import Clock
@@ -38,11 +37,8 @@ from pdrelay.engine.consumer import Consumer
 from pdrelay.engine.outbox import Outbox
 from pdrelay.engine.prefix_writer import PrefixWriter
 from pdrelay.engine.producer import Producer
-from pdrelay.engine.step import Runner, StepHandle, StepTokens, needs_host_tokens
+from pdrelay.engine.step import RemoteSlots, Runner, StepHandle, StepTokens, needs_host_tokens
 from pdrelay.transport.base import Transport
-
-if TYPE_CHECKING:
-    from pdrelay.engine.remote_store import RemoteStore
 
 STATS_INTERVAL_NS = 100_000_000
 _IDLE_WAIT_S = 1.0  # an idle loop wakes for deadlines at least this often
@@ -73,7 +69,7 @@ class EngineLoop:
         transport: Transport | None,
         clock: Clock,
         prefix_writer: PrefixWriter | None = None,
-        remote_of: Callable[[StepPlan], RemoteStore | None] | None = None,
+        remote_of: Callable[[StepPlan], RemoteSlots | None] | None = None,
     ) -> None:
         self._instance = instance
         self._scheduler = scheduler

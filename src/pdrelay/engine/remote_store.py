@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
 from typing import NamedTuple
 
 import torch
@@ -19,11 +18,8 @@ class RemoteLayer(NamedTuple):
 @dataclass(frozen=True)
 class RemoteStore:
     """`pool`: the peer's `[num_layers, num_blocks', 2, block_size, num_kv_heads, head_dim]`,
-    reachable by kernels of this rank's device. `slots`: int64 [T], the slot of each row of the
-    flat batch in that pool, block * block_size + offset; -1: that row is not for the peer.
-
-    A producer hands `slots` over in host memory; the runner uploads them with the step's other
-    inputs, and the model sees them on its device. All rows of a step go to one peer.
+    reachable by kernels of this rank's device. `slots`: int64 [T] on this device, the slot of
+    each row of the flat batch in that pool, block * block_size + offset; -1: not for the peer.
     """
 
     pool: torch.Tensor

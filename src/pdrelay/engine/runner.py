@@ -12,9 +12,8 @@ from pdrelay.core.scheduler import Chunk, StepPlan
 from pdrelay.engine.attention.context import DecodeSegment, ForwardContext, PrefillSegment
 from pdrelay.engine.batch import BatchInput, build_batch, wants_prompt_logprobs
 from pdrelay.engine.models.registry import CausalLM
-from pdrelay.engine.remote_store import RemoteStore
 from pdrelay.engine.sampler import SamplingRow, has_penalties, sample, token_logprobs
-from pdrelay.engine.step import DoneStep, LayerHook, StepTokens
+from pdrelay.engine.step import DoneStep, LayerHook, RemoteSlots, StepTokens
 
 
 def _int64(data: bytes) -> torch.Tensor:
@@ -83,7 +82,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def launch(
-        self, plan: StepPlan, after_layer: LayerHook | None, remote: RemoteStore | None
+        self, plan: StepPlan, after_layer: LayerHook | None, remote: RemoteSlots | None
     ) -> DoneStep:
         assert remote is None, "peers' pages are stored into by the transport here"
         batch = build_batch(plan, self._block_size)

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from pdrelay.core.messages import TokenLogprobs
 from pdrelay.core.request import Request
 from pdrelay.core.scheduler import StepPlan
-
-if TYPE_CHECKING:
-    from pdrelay.engine.remote_store import RemoteStore
 
 LayerHook = Callable[[int], None]
 
@@ -33,6 +33,20 @@ class StepTokens:
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None]
     prompt_logprobs: dict[str, list[TokenLogprobs]]  # of the chunk's tokens but position 0
+
+
+class RemoteSlots(Protocol):
+    """A peer's pages that a step's kernels store its K and V into besides the own ones.
+
+    `tensor`: the peer's pool as this rank's device reaches it. `slots`: int64 [T] in host memory,
+    the slot of each row of the flat batch in that pool; -1: that row is not for the peer.
+    """
+
+    @property
+    def tensor(self) -> Any: ...
+
+    @property
+    def slots(self) -> npt.NDArray[np.int64]: ...
 
 
 class StepHandle(Protocol):
@@ -51,7 +65,7 @@ class Runner(Protocol):
         """How many steps may be launched and unread: 1 for a synchronous runner."""
 
     def launch(
-        self, plan: StepPlan, after_layer: LayerHook | None, remote: RemoteStore | None
+        self, plan: StepPlan, after_layer: LayerHook | None, remote: RemoteSlots | None
     ) -> StepHandle:
         """Start the plan's step. `after_layer(l)` is called when layer l's K and V are written,
         or queued on the device's stream. `remote`: a peer's pages to store into as well."""

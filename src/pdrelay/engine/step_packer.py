@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-import torch
 
 from pdrelay.core.scheduler import Chunk, StepPlan
 from pdrelay.engine.batch import wants_prompt_logprobs
@@ -47,7 +46,7 @@ class StepPacker:
         sampling: Sampling,
         sampled_rows: Mapping[str, int],
         known_tokens: Mapping[str, int],
-        remote_slots: torch.Tensor | None,
+        remote_slots: np.ndarray | None,
         words: np.ndarray,
     ) -> StepHeader:
         """Write the plan into `words`, int64.
@@ -94,7 +93,7 @@ class StepPacker:
             draws = words[at.draws : at.remote].view(np.float64)
             draws.reshape(DRAW_COLUMNS, -1)[:] = sampling.draws
         if remote_slots is not None:
-            words[at.remote : at.tables] = remote_slots.numpy()
+            words[at.remote : at.tables] = remote_slots
         return header
 
     def _segments(self, chunks: Sequence[Chunk], first_row: int) -> tuple[Prefill, ...]:
