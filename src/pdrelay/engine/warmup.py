@@ -7,13 +7,13 @@ from pdrelay.core.messages import EngineRequest
 from pdrelay.core.request import Request
 from pdrelay.core.sampling_params import SamplingParams
 from pdrelay.core.scheduler import Scheduler, SchedulerConfig
-from pdrelay.engine.runner import ModelRunner
+from pdrelay.engine.step import Runner
 
 _DECODE_STEPS = 4
 
 
 def warm_up(
-    runner: ModelRunner,
+    runner: Runner,
     config: SchedulerConfig,
     *,
     num_blocks: int,
@@ -40,4 +40,4 @@ def warm_up(
             scheduler.add(Request(source))
         while scheduler.has_work:
             plan = scheduler.schedule()
-            scheduler.update(plan, runner.execute(plan, None).token_ids)
+            scheduler.update(plan, runner.launch(plan, None, None).result().token_ids)
