@@ -36,6 +36,7 @@ from pdrelay.transport.copying import (
 )
 from pdrelay.transport.meter import Meter
 from pdrelay.transport.news import Bell, NewsQueue
+from pdrelay.transport.open_transfers import OpenTransfer, OpenTransfers
 from pdrelay.transport.options import TransportOptions
 from pdrelay.transport.pages import SharedPages
 
@@ -133,15 +134,10 @@ class MappedLink:
         self._remote = remote
         self._clock = clock
         self._news: NewsQueue[Sent | TransferFailed] = NewsQueue(bell)
-        self._open: dict[str, Meter] = {}
-        self._closed = False
+        self._open: OpenTransfers[OpenTransfer] = OpenTransfers()
 
     def begin(self, transfer_id: str, keys: Sequence[bytes]) -> None:
-        if self._closed:
-            raise TransportError("the link is closed")
-        if transfer_id in self._open:
-            raise TransportError(f"transfer {transfer_id} is open already")
-        self._open[transfer_id] = Meter()
+        self._open.begin(OpenTransfer(transfer_id))
 
     def send(
         self,
@@ -151,7 +147,7 @@ class MappedLink:
         src_blocks: Sequence[int],
         dst_blocks: Sequence[int],
     ) -> None:
-        meter = self._meter(transfer_id)
+        meter = self._open.sending(transfer_id).meter
         check_layer(layer, self._local.layout)
         check_slots(src_blocks, dst_blocks)
         check_blocks(src_blocks, self._local.layout, "local")
@@ -162,27 +158,20 @@ class MappedLink:
         meter.add(start, self._clock(), num_bytes, pieces)
 
     def finish(self, transfer_id: str) -> None:
-        meter = self._meter(transfer_id)
-        del self._open[transfer_id]
-        self._news.put(Sent(meter.report(transfer_id, NAME)))
-
-    def _meter(self, transfer_id: str) -> Meter:
-        meter = self._open.get(transfer_id)
-        if meter is None:
-            raise TransportError(f"transfer {transfer_id} is not open")
-        return meter
+        transfer = self._open.finish(transfer_id)
+        self._open.pop(transfer_id)
+        self._news.put(Sent(transfer.meter.report(transfer_id, NAME)))
 
     def poll(self) -> list[Sent | TransferFailed]:
         return self._news.take()
 
     def abort(self, transfer_id: str) -> None:
-        self._open.pop(transfer_id, None)
+        self._open.pop(transfer_id)
 
     def close(self) -> None:
-        if self._closed:
+        if self._open.broken:
             return
-        self._closed = True
-        self._open.clear()
+        self._open.break_off("the link is closed")
         self._news.take()
         self._remote.close()
 
