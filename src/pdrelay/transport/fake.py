@@ -25,6 +25,7 @@ from pdrelay.transport.base import (
     Arrived,
     Capabilities,
     Descriptor,
+    HostLink,
     PrefixStore,
     ProducerLink,
     Sent,
@@ -40,6 +41,7 @@ from pdrelay.transport.copying import (
     copy_layer,
     decode_descriptor,
 )
+from pdrelay.transport.device import Device
 from pdrelay.transport.meter import Meter
 from pdrelay.transport.news import Bell, NewsQueue
 from pdrelay.transport.open_transfers import OpenTransfer, OpenTransfers
@@ -141,6 +143,7 @@ class FakeTransport:
         prefix_store=False,
     )
     prefix_store: PrefixStore | None = None
+    device: Device | None = None
 
     def __init__(
         self,
@@ -263,7 +266,7 @@ class _Outgoing(OpenTransfer):
     deadline_ns: int = 0
 
 
-class FakeLink:
+class FakeLink(HostLink):
     def __init__(self, local: FakeTransport, remote: FakeTransport) -> None:
         self._local = local
         self._remote = remote
@@ -364,9 +367,10 @@ class FakeLink:
                     self._news.put(TransferFailed(outgoing.transfer_id, message))
         return self._news.take()
 
-    def abort(self, transfer_id: str) -> None:
+    def abort(self, transfer_id: str) -> bool:
         with self._local.fabric.lock:
             self._open.pop(transfer_id)
+        return True
 
     def close(self) -> None:
         with self._local.fabric.lock:

@@ -19,6 +19,7 @@ from pdrelay.transport.base import (
     Arrived,
     Capabilities,
     Descriptor,
+    HostLink,
     PrefixStore,
     ProducerLink,
     Sent,
@@ -34,6 +35,8 @@ from pdrelay.transport.copying import (
     copy_layer,
     decode_descriptor,
 )
+from pdrelay.transport.device import Device, DevicePages
+from pdrelay.transport.device_mapped import DeviceMappedTransport
 from pdrelay.transport.meter import Meter
 from pdrelay.transport.news import Bell, NewsQueue
 from pdrelay.transport.open_transfers import OpenTransfer, OpenTransfers
@@ -60,6 +63,7 @@ class MappedTransport:
         prefix_store=False,
     )
     prefix_store: PrefixStore | None = None
+    device: Device | None = None
 
     def __init__(self, pages: SharedPages, instance: str, *, clock: Clock = monotonic_ns) -> None:
         self._pages = pages
@@ -126,7 +130,7 @@ class MappedTransport:
         self._bell.close()
 
 
-class MappedLink:
+class MappedLink(HostLink):
     """Stores from the engine's own thread: when `abort` returns, no store is under way."""
 
     def __init__(self, local: SharedPages, remote: SharedPages, bell: Bell, clock: Clock) -> None:
@@ -165,8 +169,9 @@ class MappedLink:
     def poll(self) -> list[Sent | TransferFailed]:
         return self._news.take()
 
-    def abort(self, transfer_id: str) -> None:
+    def abort(self, transfer_id: str) -> bool:
         self._open.pop(transfer_id)
+        return True
 
     def close(self) -> None:
         if self._open.broken:
@@ -176,5 +181,9 @@ class MappedLink:
         self._remote.close()
 
 
-def create(pages: SharedPages, instance: str, options: TransportOptions) -> MappedTransport:
-    return MappedTransport(pages, instance)
+def create(
+    pages: SharedPages | DevicePages, instance: str, options: TransportOptions
+) -> MappedTransport | DeviceMappedTransport:
+    if isinstance(pages, SharedPages):
+        return MappedTransport(pages, instance)
+    return DeviceMappedTransport(pages, instance)

@@ -25,6 +25,7 @@ from pdrelay.transport.base import (
     Arrived,
     Capabilities,
     Descriptor,
+    HostLink,
     PrefixStore,
     ProducerLink,
     Sent,
@@ -40,6 +41,7 @@ from pdrelay.transport.copying import (
     decode_descriptor,
     differing,
 )
+from pdrelay.transport.device import Device
 from pdrelay.transport.meter import Meter
 from pdrelay.transport.news import Bell, NewsQueue
 from pdrelay.transport.open_transfers import OpenTransfer, OpenTransfers
@@ -139,6 +141,7 @@ class PoolTransport:
         cross_host=False,
         prefix_store=True,
     )
+    device: Device | None = None
 
     def __init__(
         self,
@@ -282,7 +285,7 @@ class _Outgoing(OpenTransfer):
     failed: bool = False
 
 
-class PoolLink:
+class PoolLink(HostLink):
     """Writes from the engine's own thread: when `abort` returns, no store is under way."""
 
     def __init__(
@@ -430,10 +433,11 @@ class PoolLink:
     def poll(self) -> list[Sent | TransferFailed]:
         return self._news.take()
 
-    def abort(self, transfer_id: str) -> None:
+    def abort(self, transfer_id: str) -> bool:
         outgoing = self._open.pop(transfer_id)
         if outgoing is not None:
             self._let_go(outgoing)
+        return True
 
     def close(self) -> None:
         if self._open.broken:
