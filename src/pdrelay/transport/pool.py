@@ -25,6 +25,7 @@ from pdrelay.transport.base import (
     Arrived,
     Capabilities,
     Descriptor,
+    HostLink,
     PrefixStore,
     ProducerLink,
     Sent,
@@ -40,8 +41,10 @@ from pdrelay.transport.copying import (
     decode_descriptor,
     differing,
 )
+from pdrelay.transport.device import Device
 from pdrelay.transport.meter import Meter
 from pdrelay.transport.news import Bell, NewsQueue
+from pdrelay.transport.open_transfers import OpenTransfer, OpenTransfers
 from pdrelay.transport.options import TransportOptions
 from pdrelay.transport.pages import SharedPages
 from pdrelay.transport.pool_store import (
@@ -138,6 +141,7 @@ class PoolTransport:
         cross_host=False,
         prefix_store=True,
     )
+    device: Device | None = None
 
     def __init__(
         self,
@@ -271,19 +275,17 @@ class PoolTransport:
 
 
 @dataclass
-class _Outgoing:
-    transfer_id: str
-    keys: list[bytes]
+class _Outgoing(OpenTransfer):
+    keys: list[bytes] = field(default_factory=list)
     lease: Lease | None = None
     slots: dict[int, int] = field(default_factory=dict)  # request block to slot
     # Request blocks that the pool has already, and the layers (as bits) found to be equal.
     shared: dict[int, int] = field(default_factory=dict)
     own: list[int] = field(default_factory=list)  # slots that we write
     failed: bool = False
-    meter: Meter = field(default_factory=Meter)
 
 
-class PoolLink:
+class PoolLink(HostLink):
     """Writes from the engine's own thread: when `abort` returns, no store is under way."""
 
     def __init__(
@@ -301,16 +303,11 @@ class PoolLink:
         self._consumer = consumer
         self._clock = clock
         self._news: NewsQueue[Sent | TransferFailed] = NewsQueue(bell)
-        self._open: dict[str, _Outgoing] = {}
-        self._closed = False
+        self._open: OpenTransfers[_Outgoing] = OpenTransfers()
 
     def begin(self, transfer_id: str, keys: Sequence[bytes]) -> None:
-        if self._closed:
-            raise TransportError("the link is closed")
-        if transfer_id in self._open:
-            raise TransportError(f"transfer {transfer_id} is open already")
         _check_keys(keys)
-        self._open[transfer_id] = _Outgoing(transfer_id, list(keys))
+        self._open.begin(_Outgoing(transfer_id, keys=list(keys)))
 
     def send(
         self,
@@ -322,7 +319,7 @@ class PoolLink:
     ) -> None:
         """`dst_blocks` is ignored. Slots are taken when a block is first sent, and not before:
         a prompt that waits for its prefill holds nothing."""
-        outgoing = self._outgoing(transfer_id)
+        outgoing = self._open.sending(transfer_id)
         check_layer(layer, self._pages.layout)
         check_blocks(src_blocks, self._pages.layout, "local")
         if first_block < 0 or first_block + len(src_blocks) > len(outgoing.keys):
@@ -412,7 +409,7 @@ class PoolLink:
         return len(layers) + 1
 
     def finish(self, transfer_id: str) -> None:
-        outgoing = self._outgoing(transfer_id)
+        outgoing = self._open.finish(transfer_id)
         if not outgoing.failed:
             try:
                 if outgoing.lease is not None:
@@ -420,13 +417,7 @@ class PoolLink:
                 self._news.put(Sent(outgoing.meter.report(transfer_id, NAME)))
             except TransportError as error:
                 self._fail(outgoing, str(error))
-        del self._open[transfer_id]
-
-    def _outgoing(self, transfer_id: str) -> _Outgoing:
-        outgoing = self._open.get(transfer_id)
-        if outgoing is None:
-            raise TransportError(f"transfer {transfer_id} is not open")
-        return outgoing
+        self._open.pop(transfer_id)
 
     def _fail(self, outgoing: _Outgoing, message: str) -> None:
         self._let_go(outgoing)
@@ -442,17 +433,17 @@ class PoolLink:
     def poll(self) -> list[Sent | TransferFailed]:
         return self._news.take()
 
-    def abort(self, transfer_id: str) -> None:
-        outgoing = self._open.pop(transfer_id, None)
+    def abort(self, transfer_id: str) -> bool:
+        outgoing = self._open.pop(transfer_id)
         if outgoing is not None:
             self._let_go(outgoing)
+        return True
 
     def close(self) -> None:
-        if self._closed:
+        if self._open.broken:
             return
-        self._closed = True
-        for transfer_id in list(self._open):
-            self.abort(transfer_id)
+        for outgoing in self._open.break_off("the link is closed"):
+            self._let_go(outgoing)
         self._news.take()
 
 

@@ -28,6 +28,7 @@ from pdrelay.transport.copying import (
     close_fds,
     decode_descriptor,
 )
+from pdrelay.transport.device import Device
 from pdrelay.transport.news import Bell, NewsQueue
 from pdrelay.transport.options import TransportOptions
 from pdrelay.transport.pages import SharedPages
@@ -51,6 +52,7 @@ class TcpTransport:
         prefix_store=False,
     )
     prefix_store: PrefixStore | None = None
+    device: Device | None = None
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from pdrelay.core.clock import Clock
 from pdrelay.errors import TransportError
-from pdrelay.transport.base import Sent, TransferFailed
+from pdrelay.transport.base import HostLink, Sent, TransferFailed
 from pdrelay.transport.copying import check_blocks, check_layer, check_slots
 from pdrelay.transport.meter import Meter
 from pdrelay.transport.news import Bell, NewsQueue
@@ -58,7 +58,7 @@ class _LinkClosed(Exception):
     """Told to end."""
 
 
-class TcpLink:
+class TcpLink(HostLink):
     """A producer's connection to one consumer incarnation."""
 
     def __init__(
@@ -139,11 +139,12 @@ class TcpLink:
     def poll(self) -> list[Sent | TransferFailed]:
         return self._news.take()
 
-    def abort(self, transfer_id: str) -> None:
+    def abort(self, transfer_id: str) -> bool:
         with self._lock:
             outgoing = self._open.pop(transfer_id, None)
             if outgoing is not None:
                 outgoing.closed = True
+        return True  # what is still sent is discarded: the consumer aborts before it reuses blocks
 
     def close(self) -> None:
         with self._lock:
