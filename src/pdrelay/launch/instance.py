@@ -11,6 +11,7 @@ from typing import Protocol
 
 from pdrelay.core.messages import Ready
 from pdrelay.core.rank_config import RankConfig
+from pdrelay.doctor import diagnose
 from pdrelay.errors import LaunchError
 from pdrelay.launch.process import RankProcess
 from pdrelay.launch.topology import InstanceSpec
@@ -140,6 +141,11 @@ class Instance:
         self.send_signal(signal.SIGKILL)
 
     @property
+    def explained(self) -> bool:
+        """Whether the rank itself gave cause and fix."""
+        return bool(self._fatal)
+
+    @property
     def _all_exited(self) -> bool:
         return all(rank.returncode is not None for rank in self.ranks)
 
@@ -185,5 +191,8 @@ class Instance:
 
 
 def launch_error(instance: Instance) -> LaunchError:
-    """Why `instance`, which has ended, never became ready."""
-    return LaunchError(f"worker {instance.instance} did not start: {instance.reason}")
+    """Why `instance`, which has ended, never became ready, and the fix where its log shows one."""
+    said = [line for rank in instance.ranks for line in rank.log.tail]
+    findings = diagnose("\n".join([*said, instance.reason]), "native")
+    known = f"; {findings[0]}" if findings and not instance.explained else ""
+    return LaunchError(f"worker {instance.instance} did not start: {instance.reason}{known}")
