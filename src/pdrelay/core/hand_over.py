@@ -142,6 +142,15 @@ class HandOver:
         self._sent[layer] = max(self._sent[layer], stop)
         return pieces
 
+    def forget_unsent(self) -> None:
+        """The source pages are gone (preemption): what was ready and not sent must be marked anew."""
+        self._ready = [min(ready, sent) for ready, sent in zip(self._ready, self._sent, strict=True)]
+
+    @property
+    def all_ready(self) -> bool:
+        """Every page was written."""
+        return all(ready == self.num_blocks for ready in self._ready)
+
     @property
     def all_sent(self) -> bool:
         """Every page was given to the transport or is stored."""
