@@ -144,7 +144,9 @@ class HandOver:
 
     def forget_unsent(self) -> None:
         """The source pages are gone (preemption): what was ready and not sent must be marked anew."""
-        self._ready = [min(ready, sent) for ready, sent in zip(self._ready, self._sent, strict=True)]
+        self._ready = [
+            min(ready, sent) for ready, sent in zip(self._ready, self._sent, strict=True)
+        ]
 
     @property
     def all_ready(self) -> bool:

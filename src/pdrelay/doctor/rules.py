@@ -551,7 +551,7 @@ HOST_RULES = (
     ),
     Rule(
         "port_in_use",
-        rf"^(?!.*ras/).*(?:\[Errno 98\]|EADDRINUSE|[Aa]ddress already in use"
+        r"^(?!.*ras/).*(?:\[Errno 98\]|EADDRINUSE|[Aa]ddress already in use"
         r"|error while attempting to bind on address)",
         "a port is in use",
         "choose another with --port, or end the process that holds it ('ss -ltnp')",
