@@ -130,3 +130,21 @@ def test_a_row_has_the_same_bits_in_a_long_batch():
     q_alone = call(alone, positions[100:101], slots[100:101], table, norms, page)
     assert torch.equal(q[100:101], q_alone)
     assert torch.equal(pages[6, :, 4], page[6, :, 4])
+
+
+@pytest.mark.parametrize("with_norms", [True, False])
+def test_keys_are_rotated_in_place_when_asked(with_norms):
+    qkv, positions, table, norms = rope_inputs(5, 4, 2, 32, torch.bfloat16, with_norms)
+    plain = qkv.clone()
+    slots = torch.arange(5, device=DEVICE)
+    pages, page = (
+        torch.zeros(1, 2, 16, 2, 32, dtype=torch.bfloat16, device=DEVICE) for _ in range(2)
+    )
+    q_norm, k_norm = (norms.q, norms.k) if norms else (None, None)
+    arguments = (positions, slots, table, q_norm, k_norm, EPS)
+    rope_write_kv(qkv, *arguments, pages, keep_keys=True)
+    call(plain, positions, slots, table, norms, page)
+    assert torch.equal(pages, page)
+    assert torch.equal(qkv[:, :128], plain[:, :128]) and torch.equal(qkv[:, 192:], plain[:, 192:])
+    assert torch.equal(qkv[:, 128:192], pages[0, 0, :5].flatten(1))
+    assert not torch.equal(plain[:, 128:192], qkv[:, 128:192])

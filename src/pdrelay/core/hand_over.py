@@ -143,7 +143,7 @@ class HandOver:
         return pieces
 
     def forget_unsent(self) -> None:
-        """The source pages are gone (preemption): what was ready and not sent must be marked anew."""
+        """The source pages are gone (preemption): what was not sent must be marked ready anew."""
         self._ready = [
             min(ready, sent) for ready, sent in zip(self._ready, self._sent, strict=True)
         ]

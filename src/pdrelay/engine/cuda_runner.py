@@ -70,6 +70,7 @@ class CudaRunner:
     def drain_news(self) -> None:
         self._accelerator.drain_news()
 
+    @torch.inference_mode()
     def launch(
         self, plan: StepPlan, after_layer: LayerHook | None, remote: RemoteSlots | None
     ) -> StepHandle:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -55,7 +56,12 @@ class StepLimits:
 @dataclass(frozen=True)
 class _DecodeGraph:
     replay: Callable[[], None]
-    logits: torch.Tensor  # [bucket, vocab], valid until the next graph
+    results: list[torch.Tensor]  # one
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """[bucket, vocab], valid until the next graph."""
+        return self.results[0]
 
 
 class StepExecutor:
@@ -83,6 +89,7 @@ class StepExecutor:
         self._tables = torch.zeros((num_seqs, limits.table_width), dtype=torch.int32, device=device)
         self.buckets = decode_buckets(num_seqs)
         self._graphs: dict[int, _DecodeGraph] = {}
+        self.replays = True  # False: graph steps run eagerly, to compare with
 
     def bucket_of(self, num_decodes: int) -> int | None:
         bucket = bucket_of(self.buckets, num_decodes)
@@ -97,14 +104,10 @@ class StepExecutor:
             self._accelerator.synchronize()
             del logits
             captured: list[torch.Tensor] = []
-
-            def work(bucket: int = bucket, captured: list[torch.Tensor] = captured) -> None:
-                captured[:] = [self._decode(bucket)]
-
-            replay = self._accelerator.capture(work)
-            if not captured:
-                work()
-            self._graphs[bucket] = _DecodeGraph(_Replay(replay, captured), captured[0])
+            replay = self._accelerator.capture(partial(self._decode_into, bucket, captured))
+            if not captured:  # a device without graphs
+                self._decode_into(bucket, captured)
+            self._graphs[bucket] = _DecodeGraph(replay, captured)
 
     @torch.inference_mode()
     def run(
@@ -121,9 +124,7 @@ class StepExecutor:
         self._uploaded[:end].copy_(host_words[:end], non_blocking=True)
         if header.is_graph:
             self._spread_tables(header)
-            graph = self._graphs[header.rows]
-            graph.replay()
-            logits = graph.logits
+            logits = self._run_decode(header.rows)
             if header.greedy:
                 return None  # the graph has chosen
         else:
@@ -140,6 +141,13 @@ class StepExecutor:
         return logits
 
     # ---- decode graphs
+
+    def _run_decode(self, bucket: int) -> torch.Tensor:
+        if not self.replays:
+            return self._decode(bucket)
+        graph = self._graphs[bucket]
+        graph.replay()
+        return graph.logits
 
     def _load_padding(self, bucket: int) -> None:
         """Inputs of a step of padding rows alone."""
@@ -166,6 +174,9 @@ class StepExecutor:
         logits = self._model.raw_logits(hidden)
         self._kernels.argmax_rows(logits, self.sampled[:bucket])
         return logits
+
+    def _decode_into(self, bucket: int, results: list[torch.Tensor]) -> None:
+        results[:] = [self._decode(bucket)]
 
     def _num_splits(self, bucket: int) -> int:
         return self._kernels.num_splits(bucket, self._num_kv_heads, self._limits.max_model_len)
@@ -250,21 +261,6 @@ class StepExecutor:
             has_min_p=header.has_min_p,
         )
         self.sampled[: header.num_draws].copy_(tokens)
-
-
-class _Replay:
-    """Replays a graph; on a device without graphs its work runs again and renews the results."""
-
-    def __init__(self, replay: Callable[[], None], results: list[torch.Tensor]) -> None:
-        self._replay = replay
-        self._results = results
-
-    def __call__(self) -> None:
-        static = self._results[0]
-        self._replay()
-        if self._results[0] is not static:
-            static.copy_(self._results[0])
-            self._results[0] = static
 
 
 def _graph_header(bucket: int) -> StepHeader:

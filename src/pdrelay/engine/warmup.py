@@ -10,6 +10,7 @@ from pdrelay.core.scheduler import Scheduler, SchedulerConfig
 from pdrelay.engine.step import Runner
 
 _DECODE_STEPS = 4
+_LENGTHS = (1, 17, 130, 600)
 
 
 def warm_up(
@@ -19,10 +20,18 @@ def warm_up(
     num_blocks: int,
     vocab_size: int,
     max_model_len: int,
+    long_prompts: bool = False,
 ) -> None:
-    """Prefill prompts of several lengths and decode a few tokens, on a scheduler of its own."""
+    """Prefill prompts of several lengths and decode a few tokens, on a scheduler of its own.
+
+    `long_prompts`: one longer than a step, too (cheap on a GPU, seconds on a CPU).
+    """
     scheduler = Scheduler(config, BlockManager(num_blocks, enable_prefix_caching=False))
-    lengths = [n for n in (1, 17, 130, 600) if n + _DECODE_STEPS <= max_model_len]
+    budget = config.max_num_batched_tokens
+    # The last one is prefilled in two chunks.
+    wanted = (*_LENGTHS, budget + 100) if long_prompts else _LENGTHS
+    longest = min(max_model_len, num_blocks * config.block_size) - _DECODE_STEPS
+    lengths = [n for n in wanted if n <= longest]
     for sampled in (False, True):
         for i, length in enumerate(lengths):
             params = SamplingParams(

@@ -166,25 +166,41 @@ def _store(pages: torch.Tensor, slots: torch.Tensor, k: torch.Tensor, v: torch.T
     pages[blocks, 1, offsets] = v[wanted]
 
 
+def gathered_prefill(
+    q: torch.Tensor,
+    kv_layer: torch.Tensor,
+    block_table: torch.Tensor,
+    context_len: int,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    """`GpuKernels.paged_prefill` by FlashAttention-2 over gathered pages. CUDA only.
+
+    Its causal mask is aligned to the bottom right when there are more keys than queries, as a
+    chunk behind cached tokens needs it.
+    """
+    num_rows, num_keys = q.shape[0], context_len + q.shape[0]
+    pages = kv_layer.transpose(0, 1).index_select(1, block_table)
+    k, v = pages.flatten(1, 2)[:, None, :num_keys]
+    heads = q.unflatten(1, (-1, kv_layer.shape[4]))[None]
+    result = torch.ops.aten._flash_attention_forward(
+        heads, k, v, None, None, num_rows, num_keys, 0.0, True, False, scale=scale
+    )[0]
+    out.copy_(result.view(num_rows, -1))
+
+
 class TritonKernels:
     """The kernels of `pdrelay.engine.kernels.triton` on one device and one stream."""
 
     def __init__(self, device: torch.device, *, pdl: bool = True) -> None:
-        from pdrelay.engine.kernels.triton import (
-            activation,
-            attention_decode,
-            attention_prefill,
-            norm,
-            rope,
-            sample,
-        )
+        from pdrelay.engine.kernels.triton import activation, attention_decode, norm, rope
         from pdrelay.engine.kernels.triton.launch import num_sms
 
         self._device = device
         self._pdl = pdl
         self._num_sms = num_sms(device)
         self._norm, self._activation, self._rope = norm, activation, rope
-        self._decode, self._prefill, self._sample = attention_decode, attention_prefill, sample
+        self._decode = attention_decode
         self._workspace: attention_decode.DecodeWorkspace | None = None
 
     def add_rms_norm(
@@ -257,10 +273,10 @@ class TritonKernels:
         scale: float,
         out: torch.Tensor,
     ) -> None:
-        self._prefill.paged_prefill(q, kv_layer, block_table, context_len, scale, out)
+        gathered_prefill(q, kv_layer, block_table, context_len, scale, out)
 
     def argmax_rows(self, logits: torch.Tensor, out: torch.Tensor) -> None:
-        self._sample.argmax_rows(logits, out)
+        torch.argmax(logits, dim=-1, out=out)
 
     def num_splits(self, batch: int, num_kv_heads: int, max_seq_len: int) -> int:
         return self._decode.split_rule(batch, num_kv_heads, max_seq_len, self._num_sms)

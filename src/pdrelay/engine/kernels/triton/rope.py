@@ -27,6 +27,7 @@ def rope_write_kv(
     remote_layer: torch.Tensor | None = None,
     remote_slots: torch.Tensor | None = None,
     *,
+    keep_keys: bool = False,
     pdl: bool = False,
 ) -> torch.Tensor:
     """Norm (if given) and rotate q and k of `qkv` [T, (Hq + 2 * Hkv) * D]; store k and v.
@@ -35,7 +36,8 @@ def rope_write_kv(
     `rope_table`: float32 [max_position, D], D/2 cosines, then D/2 sines. `q_norm`, `k_norm`: [D],
     both or none. `kv_layer`: [num_blocks, 2, block_size, Hkv, D], contiguous. `remote_layer`: a
     layer of another process's pool, mapped here; it gets the same K and V at `remote_slots`.
-    Returns q, rotated in place: the view [T, Hq * D] of qkv.
+    Returns q, rotated in place: the view [T, Hq * D] of qkv; k too with `keep_keys`, for attention
+    that reads a fresh prompt's keys there.
     """
     num_rows, width = qkv.shape
     block_size, num_kv_heads, head_dim = kv_layer.shape[2:]
@@ -75,6 +77,7 @@ def rope_write_kv(
         TOKENS=tokens,
         WITH_NORM=q_norm is not None,
         REMOTE=remote_layer is not None,
+        KEEP_KEYS=keep_keys,
         num_warps=num_warps(tokens * heads * head_dim // 2, qkv.element_size(), most=8),
         **pdl_flags(pdl),
     )
@@ -105,6 +108,7 @@ def _rope_write_kv(
     TOKENS: tl.constexpr,
     WITH_NORM: tl.constexpr,
     REMOTE: tl.constexpr,
+    KEEP_KEYS: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
     if PDL:
@@ -138,10 +142,10 @@ def _rope_write_kv(
         a, b = low.to(tl.float32), high.to(tl.float32)
         low = (a * cos - b * sin).to(low.dtype)
         high = (b * cos + a * sin).to(high.dtype)
-    if first_head < NUM_HEADS:
+    if first_head < NUM_HEADS + NUM_KV_HEADS * KEEP_KEYS:
         tl.store(at, low, mask=inside)
         tl.store(at + HALF, high, mask=inside)
-    else:
+    if first_head >= NUM_HEADS:
         # 0: keys, 1: values.
         plane = (first_head - NUM_HEADS) // NUM_KV_HEADS
         kv_head = head - NUM_HEADS - plane * NUM_KV_HEADS
