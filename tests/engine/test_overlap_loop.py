@@ -46,6 +46,7 @@ def test_the_next_step_is_launched_while_one_computes():
     gate = Gate(replica.runner, 2)
     door.submit(replica, door.request("a", [1, 2, 3], 8))
     assert gate.reached.wait(20)
+    door.pump(lambda: replica.runner.num_launched == 4)
     after_a_turn(door, replica)  # the loop answers while the device computes
     assert replica.runner.num_launched == 4, "steps 2 and 3 are in flight, no further"
     gate.go.set()
