@@ -43,13 +43,13 @@ def reference(q, dense, num_heads, head_dim, scale):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("num_splits", [1, 2, 8])
+@pytest.mark.parametrize("num_splits", [1, 4])
 @pytest.mark.parametrize(
     ("num_heads", "num_kv_heads", "head_dim", "block_size"),
-    [(8, 2, 64, 16), (4, 4, 32, 64), (10, 2, 16, 32), (8, 1, 128, 128)],
+    [(8, 2, 64, 16), (4, 4, 16, 64), (5, 1, 32, 128)],
 )
 def test_paged_decode(num_heads, num_kv_heads, head_dim, block_size, num_splits, fused):
-    seq_lens = [1, 0, 64, 65, 200]
+    seq_lens = [1, 0, 64, 130]
     pool, tables, lens, dense = make_batch(seq_lens, num_kv_heads, head_dim, block_size)
     q = randn(len(seq_lens), num_heads * head_dim + 96)[:, : num_heads * head_dim]
     workspace = DecodeWorkspace(8, num_heads, head_dim, DEVICE, 8)

@@ -21,6 +21,7 @@ from pdrelay.engine.kernels.triton.launch import (
     num_sms,
     pdl_flags,
 )
+from pdrelay.engine.kernels.triton.pages import key_offsets
 from pdrelay.engine.kernels.triton.split_rule import MAX_SPLITS, TILE, split_rule
 
 __all__ = ["DecodeWorkspace", "paged_decode", "split_rule"]
@@ -82,7 +83,7 @@ def paged_decode(
     num_heads = q.shape[1] // head_dim
     group = num_heads // num_kv_heads
     assert q.stride(1) == 1 and kv_layer.is_contiguous() and is_power_of_2(head_dim)
-    assert is_power_of_2(block_size) and block_size >= 16
+    assert is_power_of_2(block_size)
     assert block_tables.dtype == seq_lens.dtype == torch.int32 and block_tables.stride(1) == 1
     if out is None:
         out = torch.empty((batch, num_heads * head_dim), dtype=q.dtype, device=q.device)
@@ -101,7 +102,6 @@ def paged_decode(
         assert batch * num_heads * num_splits <= workspace.capacity
         assert workspace.head_dim == head_dim
         partial = (workspace.out, workspace.maximum, workspace.total, workspace.arrived)
-    tile = min(TILE, block_size)
     _decode[(num_kv_heads, batch, num_splits)](
         q,
         kv_layer,
@@ -118,7 +118,7 @@ def paged_decode(
         BLOCK_SIZE=block_size,
         GROUP=group,
         ROWS=max(_MIN_DOT_ROWS, triton.next_power_of_2(group)),
-        TILE=tile,
+        TILE=TILE,
         SPLITS=num_splits,
         FUSED=fused,
         STAGES=stages,
@@ -134,7 +134,7 @@ def paged_decode(
             out,
             NUM_HEADS=num_heads,
             HEAD_DIM=head_dim,
-            TILE=tile,
+            TILE=TILE,
             SPLITS=num_splits,
             num_warps=2,
             **pdl_flags(pdl),
@@ -204,17 +204,16 @@ def _decode(
         total = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
         table = tables_ptr + row.to(tl.int64) * table_stride
-        inner = keys[:, None] * (NUM_KV_HEADS * HEAD_DIM) + kv_head * HEAD_DIM + columns[None, :]
+        head_ptr = kv_ptr + kv_head * HEAD_DIM
         for i in tl.range(first, last, num_stages=STAGES):
             start = i * TILE
-            block = tl.load(table + start // BLOCK_SIZE).to(tl.int64)
-            line = (block * (2 * BLOCK_SIZE) + start % BLOCK_SIZE) * (NUM_KV_HEADS * HEAD_DIM)
             valid = start + keys < length
+            offsets = key_offsets(table, start, valid, NUM_KV_HEADS * HEAD_DIM, BLOCK_SIZE, TILE)
+            at = head_ptr + offsets[:, None] + columns[None, :]
             # Beyond the length lie the page's earlier owners: not even NaN may count.
-            there = valid[:, None] & (columns < HEAD_DIM)[None, :]
-            k = tl.load(kv_ptr + line + inner, mask=there, other=0.0)
-            v_line = line + BLOCK_SIZE * NUM_KV_HEADS * HEAD_DIM
-            v = tl.load(kv_ptr + v_line + inner, mask=there, other=0.0)
+            k = tl.load(at, mask=valid[:, None], other=0.0)
+            v_at = at + BLOCK_SIZE * NUM_KV_HEADS * HEAD_DIM
+            v = tl.load(v_at, mask=valid[:, None], other=0.0)
             scores = dot(q, tl.trans(k), tl.zeros([ROWS, TILE], tl.float32), UPCAST) * scale_log2
             scores = tl.where(valid[None, :], scores, -1.0e30)
             highest = tl.maximum(maximum, tl.max(scores, 1))
