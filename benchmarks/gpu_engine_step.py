@@ -107,7 +107,7 @@ class Bench:
                 num_blocks=num_blocks,
                 vocab_size=config.vocab_size,
                 max_model_len=limits.max_model_len,
-                long_prompts=self.on_gpu,
+                on_gpu=self.on_gpu,
             )
             self.synchronize()
         return runner, executor, accelerator

@@ -17,9 +17,7 @@ def read_stream(data: torch.Tensor, out: torch.Tensor) -> None:
 
 
 @triton.jit
-def _read(
-    data_ptr: tl.tensor, out_ptr: tl.tensor, BLOCK: tl.constexpr, LOADS: tl.constexpr
-) -> None:
+def _read(data_ptr: tl.tensor, out_ptr: tl.tensor, BLOCK: tl.constexpr, LOADS: tl.constexpr):  # noqa: ANN202
     start = tl.program_id(0).to(tl.int64) * BLOCK * LOADS
     total = tl.zeros([BLOCK], tl.int32)
     for i in tl.static_range(LOADS):

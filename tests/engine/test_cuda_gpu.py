@@ -69,7 +69,7 @@ def engine(config):
         num_blocks=NUM_BLOCKS,
         vocab_size=VOCAB,
         max_model_len=4096,
-        long_prompts=True,
+        on_gpu=True,
     )
     yield built
     built.accelerator.close()

@@ -38,6 +38,7 @@ from pdrelay.engine.outbox import Outbox
 from pdrelay.engine.prefix_writer import PrefixWriter
 from pdrelay.engine.producer import Producer
 from pdrelay.engine.step import RemoteSlots, Runner, StepHandle, StepTokens, needs_host_tokens
+from pdrelay.engine.step_pacer import StepPacer
 from pdrelay.transport.base import Transport
 
 STATS_INTERVAL_NS = 100_000_000
@@ -83,6 +84,7 @@ class EngineLoop:
         self._prefix_writer = prefix_writer
         self._remote_of = remote_of
         self._in_flight: deque[InFlight] = deque()
+        self._pacer = StepPacer()
         self._busy_until_ns = 0
         self._draining = False
         self._stats = WorkerStats()
@@ -112,7 +114,8 @@ class EngineLoop:
         """Sleep until some socket has news, when the last turn found nothing to do."""
         if not block:
             return
-        with selectors.DefaultSelector() as selector:
+        # select(2): its timeout has microseconds, epoll's is rounded up to milliseconds.
+        with selectors.SelectSelector() as selector:
             for channel in self._channels():
                 writable = selectors.EVENT_WRITE if channel.has_pending else 0
                 selector.register(channel, selectors.EVENT_READ | writable)
@@ -124,8 +127,14 @@ class EngineLoop:
             done = self._runner.fileno()
             if done is not None:
                 selector.register(done, selectors.EVENT_READ)
-            selector.select(_IDLE_WAIT_S)
+            selector.select(self._timeout_s())
         self._runner.drain_news()
+
+    def _timeout_s(self) -> float:
+        if not self._in_flight or len(self._in_flight) == self._runner.depth:
+            return _IDLE_WAIT_S
+        until_ns = self._pacer.not_before_ns() - self._clock()
+        return min(until_ns / 1e9, _IDLE_WAIT_S) if until_ns > 0 else _IDLE_WAIT_S
 
     def _channels(self) -> list[Channel]:
         channels: list[Channel] = [self._control]
@@ -176,6 +185,7 @@ class EngineLoop:
         """Launch steps while there is work and room. Returns whether anything changed."""
         changed = False
         while len(self._in_flight) < self._runner.depth and self._may_plan():
+            begun_ns = self._clock()
             plan = self._scheduler.schedule()
             for reservation in plan.reservations:
                 assert self._consumer is not None
@@ -184,12 +194,17 @@ class EngineLoop:
             if not plan.chunks:
                 break
             self._launch(plan)
+            self._pacer.launched(plan, begun_ns, self._clock())
             changed = True
         return changed
 
     def _may_plan(self) -> bool:
         """Requests whose next token depends on the last one's id are not planned ahead."""
         if not self._scheduler.has_work:
+            return False
+        if not self._in_flight:
+            return True
+        if self._clock() < self._pacer.not_before_ns():
             return False
         return not any(
             needs_host_tokens(chunk.request)
@@ -221,6 +236,7 @@ class EngineLoop:
     def _read_step(self, step: InFlight) -> None:
         plan, tokens = step.plan, step.handle.result()
         end_ns = self._clock()
+        self._pacer.read(end_ns)
         if self._producer is not None:
             self._producer.end_step()
         self._note_prefill_end(plan, end_ns)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pdrelay.core.block_manager import BlockManager
 from pdrelay.core.messages import EngineRequest
 from pdrelay.core.request import Request
@@ -10,7 +12,9 @@ from pdrelay.core.scheduler import Scheduler, SchedulerConfig
 from pdrelay.engine.step import Runner
 
 _DECODE_STEPS = 4
-_LENGTHS = (1, 17, 130, 600)
+_TOGETHER = (1, 17, 130, 600)
+# On a GPU the libraries load another kernel for other lengths, a millisecond each: meet them now.
+_ALONE = (5, 33, 65, 130, 190, 260, 400, 520, 800, 1100, 1600, 2100, 3100, 4200, 6200)
 
 
 def warm_up(
@@ -20,33 +24,36 @@ def warm_up(
     num_blocks: int,
     vocab_size: int,
     max_model_len: int,
-    long_prompts: bool = False,
+    on_gpu: bool = False,
 ) -> None:
     """Prefill prompts of several lengths and decode a few tokens, on a scheduler of its own.
 
-    `long_prompts`: one longer than a step, too (cheap on a GPU, seconds on a CPU).
+    `on_gpu`: more lengths, up to a prompt in two chunks; cheap there, seconds on a CPU.
     """
-    scheduler = Scheduler(config, BlockManager(num_blocks, enable_prefix_caching=False))
-    budget = config.max_num_batched_tokens
-    # The last one is prefilled in two chunks.
-    wanted = (*_LENGTHS, budget + 100) if long_prompts else _LENGTHS
     longest = min(max_model_len, num_blocks * config.block_size) - _DECODE_STEPS
-    lengths = [n for n in wanted if n <= longest]
-    for sampled in (False, True):
-        for i, length in enumerate(lengths):
-            params = SamplingParams(
-                max_tokens=_DECODE_STEPS,
-                seed=0,
-                temperature=float(sampled),
-                ignore_eos=True,
-            )
-            source = EngineRequest(
-                request_id=f"warm-up-{sampled}-{i}",
-                prompt_token_ids=[token % vocab_size for token in range(length)],
-                params=params,
-                arrived_ns=0,
-            )
-            scheduler.add(Request(source))
-        while scheduler.has_work:
-            plan = scheduler.schedule()
-            scheduler.update(plan, runner.launch(plan, None, None).result().token_ids)
+    groups: list[Sequence[int]] = [_TOGETHER]
+    if on_gpu:
+        groups += [(n,) for n in (*_ALONE, config.max_num_batched_tokens + 100)]
+    for temperature in (0.0, 1.0):
+        for lengths in groups:
+            scheduler = Scheduler(config, BlockManager(num_blocks, enable_prefix_caching=False))
+            for length in lengths:
+                if length <= longest:
+                    scheduler.add(_request(length, vocab_size, temperature))
+            while scheduler.has_work:
+                plan = scheduler.schedule()
+                tokens = runner.launch(plan, None, None).result()
+                scheduler.update(plan, tokens.token_ids)
+
+
+def _request(length: int, vocab_size: int, temperature: float) -> Request:
+    params = SamplingParams(
+        max_tokens=_DECODE_STEPS, seed=0, temperature=temperature, ignore_eos=True
+    )
+    source = EngineRequest(
+        request_id=f"warm-up-{length}-{temperature:g}",
+        prompt_token_ids=[token % vocab_size for token in range(length)],
+        params=params,
+        arrived_ns=0,
+    )
+    return Request(source)

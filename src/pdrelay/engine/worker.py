@@ -199,7 +199,7 @@ def lead(config: RankConfig, control: Channel[ToWorker]) -> None:
             num_blocks=config.num_blocks,
             vocab_size=rank.model_config.vocab_size,
             max_model_len=config.max_model_len,
-            long_prompts=rank.cuda is not None,
+            on_gpu=rank.cuda is not None,
         )
     outbox = Outbox()
     producer, consumer = _peers(rank, transport, scheduler, outbox)
