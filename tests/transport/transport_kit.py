@@ -19,7 +19,7 @@ from pdrelay.transport.pool import PoolHandle, create_pool
 from pdrelay.transport.registry import TRANSPORTS, TransportOptions, create_transport
 
 DEADLINE_S = 10.0
-ALL = (*TRANSPORTS, "mapped@host")
+ALL = (*TRANSPORTS, "mapped@host", "tcp@host", "pool@host")
 CANARY = 0xA5
 
 
