@@ -115,19 +115,19 @@ class TcpTransport:
         self, transfer_id: str, first_block: int, blocks: Sequence[int], keys: Sequence[bytes]
     ) -> None:
         check_blocks(blocks, self._pages.layout, "local")
-        self._listening().expect(transfer_id, first_block, blocks)
+        self._listening().transfers.expect(transfer_id, first_block, blocks)
 
     def commit(self, transfer_id: str, num_pages: int) -> None:
-        self._listening().commit(transfer_id, num_pages)
+        self._listening().transfers.commit(transfer_id, num_pages)
 
     def poll(self) -> list[Arrived | TransferFailed]:
         if self._receiver is not None:
-            self._receiver.fail_late()
+            self._receiver.transfers.fail_late()
         return self._news.take()
 
     def abort(self, transfer_id: str) -> None:
         if self._receiver is not None:
-            self._receiver.abort(transfer_id)
+            self._receiver.transfers.abort(transfer_id)
 
     def fileno(self) -> int:
         return self._bell.fileno()

@@ -13,19 +13,14 @@ import hmac
 import selectors
 import socket
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-
-import numpy as np
-import numpy.typing as npt
+from collections.abc import Iterator
 
 from pdrelay.core.clock import Clock
 from pdrelay.core.kv_layout import KVLayout
 from pdrelay.errors import ProtocolError, TransportError
 from pdrelay.transport.base import Arrived, TransferFailed
-from pdrelay.transport.copying import check_commit
 from pdrelay.transport.device import DevicePages
-from pdrelay.transport.meter import Meter
+from pdrelay.transport.incoming import Incoming, IncomingTransfers
 from pdrelay.transport.news import NewsQueue
 from pdrelay.transport.pages import SharedPages
 from pdrelay.transport.staging import PageAccess, Part, page_access
@@ -44,23 +39,6 @@ _MAX_CONNECTIONS = 256
 _GREETING_TIMEOUT_NS = 5_000_000_000
 _RECEIVES_A_TURN = 16  # of one connection before the others get theirs
 _SCRATCH_BYTES = 1 << 18
-
-
-@dataclass
-class Incoming:
-    """One expected transfer. `lock` guards all that follows it, and the writes into `blocks`."""
-
-    transfer_id: str
-    first_block: int
-    blocks: Sequence[int]
-    claimed: npt.NDArray[np.bool_]  # [num_layers, len(blocks)]: received or being received
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    closed: bool = False  # aborted, failed or arrived: nothing writes its blocks any more
-    num_received: int = 0
-    committed: int | None = None
-    deadline_ns: int = 0
-    source: Connection | None = None
-    meter: Meter = field(default_factory=Meter)
 
 
 class Receiver:
@@ -83,10 +61,14 @@ class Receiver:
         self.token = token
         self.clock = clock
         self.timeout_ns = timeout_ns
-        self._transport = transport
-        self._news = news
-        self._lock = threading.Lock()  # of `_incoming`; taken before a transfer's lock, if both
-        self._incoming: dict[bytes, Incoming] = {}
+        self.transfers = IncomingTransfers(
+            pages.layout,
+            news,
+            transport=transport,
+            timeout_ns=timeout_ns,
+            clock=clock,
+            name=digest_of,
+        )
         self._connections: list[Connection] = []
         self._wake, self._woken = socket.socketpair()
         try:
@@ -104,77 +86,6 @@ class Receiver:
         self._selector = selectors.DefaultSelector()
         self._thread = threading.Thread(target=self._run, name="kv-tcp-receiver", daemon=True)
         self._thread.start()
-
-    # ---- transfers
-
-    def expect(self, transfer_id: str, first_block: int, blocks: Sequence[int]) -> None:
-        shape = (self.layout.num_layers, len(blocks))
-        incoming = Incoming(transfer_id, first_block, list(blocks), np.zeros(shape, np.bool_))
-        with self._lock:
-            digest = digest_of(transfer_id)
-            if digest in self._incoming:
-                raise TransportError(f"transfer {transfer_id} is expected already")
-            self._incoming[digest] = incoming
-
-    def find(self, digest: bytes) -> Incoming | None:
-        with self._lock:
-            return self._incoming.get(digest)
-
-    def _forget(self, incoming: Incoming) -> None:
-        with self._lock:
-            self._incoming.pop(digest_of(incoming.transfer_id), None)
-
-    def commit(self, transfer_id: str, num_pages: int) -> None:
-        incoming = self.find(digest_of(transfer_id))
-        if incoming is None:
-            return
-        wrong = check_commit(num_pages, incoming.claimed.size)
-        if wrong is not None:
-            self.fail(incoming, wrong)
-            return
-        with incoming.lock:
-            incoming.committed = num_pages
-            incoming.deadline_ns = self.clock() + self.timeout_ns
-        self.complete(incoming)
-
-    def complete(self, incoming: Incoming) -> None:
-        """Report the transfer if it is committed and all there. Called from both threads."""
-        with incoming.lock:
-            if incoming.closed or incoming.num_received != incoming.committed:
-                return
-            incoming.closed = True
-            report = incoming.meter.report(incoming.transfer_id, self._transport)
-        self._forget(incoming)
-        self._news.put(Arrived(report))
-
-    def fail(self, incoming: Incoming, message: str) -> None:
-        with incoming.lock:
-            if incoming.closed:
-                return
-            incoming.closed = True
-        self._forget(incoming)
-        self._news.put(TransferFailed(incoming.transfer_id, message))
-
-    def fail_late(self) -> None:
-        """Fail committed transfers whose pages did not arrive within the timeout."""
-        now = self.clock()
-        with self._lock:
-            all_incoming = list(self._incoming.values())
-        for incoming in all_incoming:
-            if incoming.committed is not None and now >= incoming.deadline_ns:
-                self.fail(
-                    incoming,
-                    f"{incoming.num_received} of {incoming.committed} pages arrived within "
-                    f"{self.timeout_ns / 1e9:g} s of the commit",
-                )
-
-    def abort(self, transfer_id: str) -> None:
-        incoming = self.find(digest_of(transfer_id))
-        if incoming is None:
-            return
-        with incoming.lock:  # waits for a receive under way: at most one copy
-            incoming.closed = True
-        self._forget(incoming)
 
     def close(self) -> None:
         if not self._thread.is_alive():
@@ -245,11 +156,7 @@ class Receiver:
         selector.unregister(connection.sock)
         self._connections.remove(connection)
         connection.close()
-        with self._lock:
-            mine = [i for i in self._incoming.values() if i.source is connection]
-        for incoming in mine:
-            if incoming.num_received < incoming.claimed.size:
-                self.fail(incoming, message)
+        self.transfers.fail_source(connection, message)
 
 
 class Connection:
@@ -319,23 +226,14 @@ class Connection:
         """Find where the pages go. Raises ProtocolError for pages that are not due."""
         self._header = header
         self._left = header.num_blocks * self._receiver.layout.layer_block_bytes
-        incoming = self._receiver.find(header.digest)
-        if incoming is None:
+        claimed = self._receiver.transfers.claim(
+            header.digest, self, header.layer, header.first_block, header.num_blocks
+        )
+        if claimed is None:
             return
-        start = header.first_block - incoming.first_block
-        stop = start + header.num_blocks
-        if start < 0 or stop > len(incoming.blocks):
-            raise ProtocolError("pages outside the expected blocks")
-        with incoming.lock:
-            if incoming.source not in (None, self):
-                raise ProtocolError("pages of another producer's transfer")
-            if incoming.claimed[header.layer, start:stop].any():
-                raise ProtocolError("pages that were sent before")
-            incoming.source = self
-            incoming.claimed[header.layer, start:stop] = True
-        self._incoming = incoming
+        self._incoming, blocks = claimed
         self._num_views = 0
-        self._parts = self._access.write(header.layer, incoming.blocks[start:stop])
+        self._parts = self._access.write(header.layer, blocks)
         self._next_part()
 
     def _next_part(self) -> None:
@@ -387,7 +285,4 @@ class Connection:
         self._expect_header()
         if incoming is None:
             return
-        with incoming.lock:
-            incoming.num_received += header.num_blocks
-            incoming.meter.num_pieces += self._num_views
-        self._receiver.complete(incoming)
+        self._receiver.transfers.received(incoming, header.num_blocks, self._num_views)
