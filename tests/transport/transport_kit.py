@@ -8,6 +8,7 @@ import select
 import time
 
 import numpy as np
+import pytest
 
 from pdrelay.core.block_hash import tail_key
 from pdrelay.core.kv_layout import KVLayout
@@ -19,7 +20,23 @@ from pdrelay.transport.pool import PoolHandle, create_pool
 from pdrelay.transport.registry import TRANSPORTS, TransportOptions, create_transport
 
 DEADLINE_S = 10.0
-ALL = (*TRANSPORTS, "mapped@host")
+DEVICE_TRANSPORTS = ("mapped", "tcp", "pool")
+
+
+def _has_cuda():
+    try:
+        import torch
+    except ImportError:
+        return False
+    return torch.cuda.is_available()
+
+
+no_gpu = pytest.mark.skipif(not _has_cuda(), reason="needs a CUDA GPU")
+ALL = (
+    *TRANSPORTS,
+    *(f"{name}@host" for name in DEVICE_TRANSPORTS),
+    *(pytest.param(f"{name}@cuda", marks=no_gpu) for name in DEVICE_TRANSPORTS),
+)
 CANARY = 0xA5
 
 
@@ -45,7 +62,8 @@ def make_keys(transfer_id, num_blocks, *, tail=False):
 class Kit:
     """Makes instances, joins them, and takes everything down.
 
-    `name` is a transport, over pages of the host; `name@host`: over pages of a fake device.
+    `name` is a transport, over pages of the host; `name@host`: over pages of a fake device;
+    `name@cuda`: over pages of a GPU.
     """
 
     def __init__(self, name, *, timeout_s=DEADLINE_S, num_slots=256):
@@ -71,6 +89,10 @@ class Kit:
     def pages(self, layout):
         if self.where == "host":
             return HostPages.create(layout, HostDevice(self.host_fabric))
+        if self.where == "cuda":
+            from cuda_kit import make_pages
+
+            return make_pages(layout, self.host_fabric)
         assert not self.where
         return SharedPages.create(layout)
 

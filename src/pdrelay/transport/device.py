@@ -59,6 +59,23 @@ class PinnedMemory(Protocol):
     def close(self) -> None: ...
 
 
+class DeviceStream(Protocol):
+    """A queue of device work of its own, driven by one thread."""
+
+    handle: Any  # what libraries take as a stream
+
+    def wait(self, event: Event) -> None:
+        """What comes next waits for `event`, on the device."""
+
+    def record(self) -> Event:
+        """Behind everything put on the stream so far."""
+
+    def copy(self, runs: Sequence[Run]) -> Copy:
+        """Copies of one batch are in no order. Raises TransportError."""
+
+    def close(self) -> None: ...
+
+
 class Device(Protocol):
     """One accelerator of this process. The engine's thread calls everything but `Event.wait`."""
 
@@ -83,6 +100,17 @@ class Device(Protocol):
 
     def close_peer(self, address: int) -> None:
         """Unmap. No launched work may still touch it."""
+
+    def stream(self) -> DeviceStream:
+        """A further stream, behind nothing."""
+
+    def allocate(self, num_bytes: int) -> int:
+        """Address of device memory. Raises TransportError."""
+
+    def free(self, address: int) -> None: ...
+
+    def make_current(self) -> None:
+        """This thread's library calls are for this device."""
 
     def pinned(self, num_bytes: int) -> PinnedMemory:
         """Raises TransportError."""

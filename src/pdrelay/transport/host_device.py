@@ -70,6 +70,36 @@ class _Stream:
         return done
 
 
+class HostStream:
+    """A stream of a HostDevice. Libraries' fakes put operations on it with `put`."""
+
+    def __init__(self, device: HostDevice, queue: _Stream) -> None:
+        self._device = device
+        self._queue = queue
+        self.handle = self
+
+    def put(self, operation: Callable[[], bool]) -> None:
+        self._device._put(self._queue, operation)
+
+    def run(self) -> None:
+        """Look again at what was not ready."""
+        self._device._run(self._queue, None)
+
+    def wait(self, event: Event) -> None:
+        self.put(event.done)
+
+    def record(self) -> HostEvent:
+        event = HostEvent(self._device)
+        self._device._record(self._queue, event)
+        return event
+
+    def copy(self, runs: Sequence[Run]) -> HostEvent:
+        return self._device._copy(self._queue, runs)
+
+    def close(self) -> None:
+        pass
+
+
 class HostDevice:
     """`manual`: streams move in `run`, `run_compute` and `run_copies` only."""
 
@@ -84,6 +114,8 @@ class HostDevice:
         self._manual = manual
         self._compute = _Stream()
         self._side = _Stream()
+        self._further: list[_Stream] = []
+        self._allocated: dict[int, npt.NDArray[np.uint8]] = {}
         self._written: dict[int, HostEvent] = {}
 
     # ---- what tests do
@@ -99,8 +131,11 @@ class HostDevice:
 
     def run(self) -> None:
         """Complete everything launched."""
-        while self.run_compute() + self.run_copies():
+        while self.run_compute() + self.run_copies() + self._run_further():
             pass
+
+    def _run_further(self) -> int:
+        return sum(self._run(stream, None) for stream in self._further)
 
     def run_compute(self, limit: int | None = None) -> int:
         return self._run(self._compute, limit)
@@ -145,10 +180,13 @@ class HostDevice:
         return event
 
     def copy(self, runs: Sequence[Run], after: Event | None) -> HostEvent:
-        runs = list(runs)
-        event = HostEvent(self)
         if after is not None:
             self._put(self._side, after.done)
+        return self._copy(self._side, runs)
+
+    def _copy(self, stream: _Stream, runs: Sequence[Run]) -> HostEvent:
+        runs = list(runs)
+        event = HostEvent(self)
 
         def operation() -> bool:
             event.start_ns = monotonic_ns()
@@ -156,11 +194,27 @@ class HostDevice:
                 ctypes.memmove(run.dst, run.src, run.num_bytes)
             return True
 
-        self._put(self._side, operation)
-        self._record(self._side, event)
+        self._put(stream, operation)
+        self._record(stream, event)
         self.num_copies += 1
         self.num_runs += len(runs)
         return event
+
+    def stream(self) -> HostStream:
+        queue = _Stream()
+        self._further.append(queue)
+        return HostStream(self, queue)
+
+    def allocate(self, num_bytes: int) -> int:
+        memory = np.zeros(num_bytes, np.uint8)
+        self._allocated[memory.ctypes.data] = memory
+        return memory.ctypes.data
+
+    def free(self, address: int) -> None:
+        del self._allocated[address]
+
+    def make_current(self) -> None:
+        pass
 
     def open_peer(self, handle: bytes, num_bytes: int) -> int:
         with self.fabric.lock:

@@ -4,6 +4,7 @@ The pool is also a prefix cache for all instances of one host: a block that is r
 is not written again (where its bytes are the same), and any instance can load it.
 
 Producers need no slots of the consumer, so nothing of theirs ever waits for a reservation.
+Pages of a device pass through pinned memory (`pool_staged.py`); consumers take slots directly.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from pdrelay.transport.base import (
     TransferFailed,
 )
 from pdrelay.transport.copying import (
+    Pages,
     check_blocks,
     check_commit,
     check_compatible,
@@ -41,12 +43,13 @@ from pdrelay.transport.copying import (
     decode_descriptor,
     differing,
 )
-from pdrelay.transport.device import Device
+from pdrelay.transport.device import Device, DevicePages, page_runs
 from pdrelay.transport.meter import Meter
 from pdrelay.transport.news import Bell, NewsQueue
 from pdrelay.transport.open_transfers import OpenTransfer, OpenTransfers
 from pdrelay.transport.options import TransportOptions
 from pdrelay.transport.pages import SharedPages
+from pdrelay.transport.pool_staged import StagedPoolLink, StagingPages
 from pdrelay.transport.pool_store import (
     KEY_BYTES,
     Lease,
@@ -141,11 +144,10 @@ class PoolTransport:
         cross_host=False,
         prefix_store=True,
     )
-    device: Device | None = None
 
     def __init__(
         self,
-        pages: SharedPages,
+        pages: SharedPages | DevicePages,
         handle: PoolHandle,
         instance_index: int,
         instance: str = "",
@@ -155,6 +157,7 @@ class PoolTransport:
     ) -> None:
         """Raises TransportError when the pool cannot be mapped or holds other pages."""
         self._pages = pages
+        self.device: Device | None = None if isinstance(pages, SharedPages) else pages.device
         self._instance = instance
         self._index = instance_index
         self._clock = clock
@@ -165,6 +168,7 @@ class PoolTransport:
         except TransportError:
             self._store.close()
             raise
+        self._pinned = self._pin()
         self.prefix_store: PrefixStore | None = PoolPrefixStore(pages, self._store, instance_index)
         self._bell = Bell()
         self._news: NewsQueue[Arrived | TransferFailed] = NewsQueue(self._bell)
@@ -172,6 +176,17 @@ class PoolTransport:
         self._jobs: queue.SimpleQueue[_Incoming | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._closed = False
+
+    def _pin(self) -> bool:
+        """Let a device copy to and from the slots directly; slower, but right, without."""
+        if self.device is None:
+            return False
+        slots = self._store.slots
+        try:
+            self.device.pin(slots.ctypes.data, slots.nbytes)
+        except TransportError:
+            return False
+        return True
 
     # ---- producer
 
@@ -182,7 +197,13 @@ class PoolTransport:
         close_fds(descriptor.fds)
         check_compatible(self._pages.layout, layout)
         consumer = decode_descriptor(descriptor, PoolDescriptor)
-        return PoolLink(self._pages, self._store, self._index, consumer, self._bell, self._clock)
+
+        def link(pages: SharedPages | StagingPages, bell: Bell) -> PoolLink:
+            return PoolLink(pages, self._store, self._index, consumer, bell, self._clock)
+
+        if isinstance(self._pages, SharedPages):
+            return link(self._pages, self._bell)
+        return StagedPoolLink(self._pages, link, self._bell, _check_keys)
 
     # ---- consumer
 
@@ -239,6 +260,8 @@ class PoolTransport:
         if self._thread is not None:
             self._jobs.put(None)
             self._thread.join()
+        if self._pinned and self.device is not None:
+            self.device.unpin(self._store.slots.ctypes.data)
         self._store.reclaim(self._index)
         self._store.close()
         self._bell.close()
@@ -265,9 +288,7 @@ class PoolTransport:
                 if incoming.closed:
                     return False
                 start = self._clock()
-                pieces = copy_layer(
-                    self._store.slots, self._pages.array, layer, slots, incoming.blocks
-                )
+                pieces = load_layer(self._store.slots, self._pages, layer, slots, incoming.blocks)
                 num_bytes = len(slots) * layout.layer_block_bytes
                 incoming.meter.add(start, self._clock(), num_bytes, pieces)
         self._store.release(incoming.transfer_id)
@@ -290,7 +311,7 @@ class PoolLink(HostLink):
 
     def __init__(
         self,
-        pages: SharedPages,
+        pages: SharedPages | StagingPages,
         store: PoolStore,
         index: int,
         consumer: PoolDescriptor,
@@ -450,7 +471,9 @@ class PoolLink(HostLink):
 class PoolPrefixStore:
     """The pool as a prefix cache of one instance. Trouble with the pool is a miss."""
 
-    def __init__(self, pages: SharedPages, store: PoolStore, instance_index: int) -> None:
+    def __init__(
+        self, pages: SharedPages | DevicePages, store: PoolStore, instance_index: int
+    ) -> None:
         self._pages = pages
         self._store = store
         self._index = instance_index
@@ -475,12 +498,29 @@ class PoolPrefixStore:
             return 0
         try:
             for layer in range(self._pages.layout.num_layers):
-                copy_layer(
-                    self._store.slots, self._pages.array, layer, slots, dst_blocks[: len(slots)]
-                )
+                load_layer(self._store.slots, self._pages, layer, slots, dst_blocks[: len(slots)])
         finally:
             self._store.release(name)
         return len(slots)
+
+
+def load_layer(
+    slots: Pages,
+    pages: SharedPages | DevicePages,
+    layer: int,
+    src_slots: Sequence[int],
+    dst_blocks: Sequence[int],
+) -> int:
+    """Copy one layer from the pool's slots into pages; a device's copy is waited for. Returns the
+    number of copies."""
+    if isinstance(pages, SharedPages):
+        return copy_layer(slots, pages.array, layer, src_slots, dst_blocks)
+    layout = msgspec.structs.replace(pages.layout, num_blocks=slots.shape[1])
+    runs = page_runs(
+        layout, slots.ctypes.data, pages.layout, pages.address, layer, src_slots, dst_blocks
+    )
+    pages.device.copy(runs, None).wait()
+    return len(runs)
 
 
 def _check_keys(keys: Sequence[bytes]) -> None:
@@ -488,7 +528,9 @@ def _check_keys(keys: Sequence[bytes]) -> None:
         raise TransportError(f"keys of the shared pool are {KEY_BYTES} bytes long")
 
 
-def create(pages: SharedPages, instance: str, options: TransportOptions) -> PoolTransport:
+def create(
+    pages: SharedPages | DevicePages, instance: str, options: TransportOptions
+) -> PoolTransport:
     """Raises ConfigError without a pool."""
     if options.pool_fd < 0 or not options.pool:
         raise ConfigError("transport 'pool' needs a shared pool: start it with 'pdrelay serve'")

@@ -54,6 +54,28 @@ class CudaCopy:
         return self._driver.elapsed_ns(self._start.handle, self._end.handle)
 
 
+class CudaStream:
+    def __init__(self, device: CudaDevice) -> None:
+        self._device = device
+        self.handle = device.driver.create_stream()
+
+    def wait(self, event: Event) -> None:
+        assert isinstance(event, CudaEvent)
+        self._device.driver.wait_event(self.handle, event.handle)
+
+    def record(self) -> CudaEvent:
+        return CudaEvent(self._device).record(self.handle)
+
+    def copy(self, runs: Sequence[Run]) -> CudaCopy:
+        start = CudaEvent(self._device, timing=True).record(self.handle)
+        self._device.submit(runs, self.handle)
+        end = CudaEvent(self._device, timing=True).record(self.handle)
+        return CudaCopy(start, end, self._device.driver)
+
+    def close(self) -> None:
+        self._device.driver.destroy_stream(self.handle)
+
+
 class CudaPinned:
     def __init__(self, driver: Driver, num_bytes: int) -> None:
         self._driver = driver
@@ -84,7 +106,7 @@ class CudaDevice:
         self.uuid = self.driver.uuid(ordinal)
         self.compute_stream = 0
         self._context = self.driver.context(ordinal)
-        self._side = self.driver.create_stream()
+        self._side = CudaStream(self)
         self._batch = batch and self.driver.has_batch
         self._written: dict[int, CudaEvent] = {}
         self._closed = False
@@ -92,11 +114,6 @@ class CudaDevice:
     def make_current(self) -> None:
         """On this thread."""
         self.driver.make_current(self._context)
-
-    @property
-    def side_stream(self) -> int:
-        """For work of a transport that must not wait for the engine's."""
-        return self._side
 
     def written(self, layer: int) -> None:
         # Recording again moves the event; a copy that waits for an earlier place is enqueued
@@ -113,17 +130,28 @@ class CudaDevice:
         return CudaEvent(self).record(self.compute_stream)
 
     def copy(self, runs: Sequence[Run], after: Event | None) -> CudaCopy:
-        driver, side = self.driver, self._side
+        self.make_current()  # threads of transports call this, too
         if after is not None:
-            assert isinstance(after, CudaEvent)
-            driver.wait_event(side, after.handle)
-        start = CudaEvent(self, timing=True).record(side)
+            self._side.wait(after)
+        return self._side.copy(runs)
+
+    def submit(self, runs: Sequence[Run], stream: int) -> None:
         if len(runs) > 1 and self._batch:
-            self._batch = driver.copy_batch(runs, side)
+            self._batch = self.driver.copy_batch(runs, stream)
         if len(runs) == 1 or not self._batch:
             for run in runs:
-                driver.copy(run, side)
-        return CudaCopy(start, CudaEvent(self, timing=True).record(side), driver)
+                self.driver.copy(run, stream)
+
+    def stream(self) -> CudaStream:
+        self.make_current()
+        return CudaStream(self)
+
+    def allocate(self, num_bytes: int) -> int:
+        self.make_current()
+        return self.driver.allocate(num_bytes)
+
+    def free(self, address: int) -> None:
+        self.driver.free(address)
 
     def open_peer(self, handle: bytes, num_bytes: int) -> int:
         """With this rank's device current, so that its kernels may use the address."""
@@ -165,4 +193,4 @@ class CudaDevice:
         if not self._closed:
             self._written.clear()
             self._closed = True
-            self.driver.destroy_stream(self._side)
+            self._side.close()
