@@ -20,6 +20,7 @@ RANKS = {
     "engine": 4,
     "integrations": 5,
     "launch": 6,
+    "telemetry": 6,
     "router": 7,
     "bench": 8,
     "lab": 9,
@@ -28,7 +29,7 @@ RANKS = {
     "cli": 11,
     "__main__": 12,
 }
-TORCH_FREE = ("core", "model", "transport", "launch", "router", "bench", "lab", "cli")
+TORCH_FREE = ("core", "model", "transport", "launch", "telemetry", "router", "bench", "lab", "cli")
 
 
 def layer_of(path: Path) -> str:
