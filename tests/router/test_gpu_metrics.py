@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
+from pdrelay.front_door import RouterFrontDoor
+from pdrelay.launch.config import EngineConfig, ServeConfig
+from pdrelay.launch.host import Host
+from pdrelay.launch.plan import Plan
+from pdrelay.launch.resolve import resolve
+from pdrelay.launch.topology import PrefillDecode, instances
+from pdrelay.model.config import load_model_config
+from pdrelay.router.app import METRICS
 from pdrelay.router.gpu_metrics import GpuMetrics
 from pdrelay.telemetry.assignment import Assignment
 from pdrelay.telemetry.fake import FakeSource
 from pdrelay.telemetry.sample import GpuSample
+from pdrelay.telemetry.source import NoGpu
 
 
 def lines_of(source, instances):
@@ -35,3 +45,43 @@ def test_what_a_gpu_does_not_tell_is_no_sample():
 
 def test_a_gpu_without_an_instance_is_not_shown():
     assert lines_of(FakeSource(), {}) == []
+
+
+def plan_on(device):
+    config = ServeConfig(EngineConfig("tiny", device=device), topology=PrefillDecode(1, 1))
+    host = Host(
+        num_cores=8,
+        memory_bytes=64 << 30,
+        available_bytes=64 << 30,
+        num_gpus=2,
+        max_open_files=4096,
+        compiler=None,
+    )
+    model = load_model_config("tiny")
+    return Plan(config, model, resolve(config, model, host), instances(config.topology))
+
+
+async def test_the_front_door_watches_the_gpus_of_its_ranks():
+    source = FakeSource()
+    front = RouterFrontDoor(plan_on("cuda"), dict, lambda: source)
+    try:
+        assert source.wait_for_reads(2, 10.0)
+        shown = front.runner.app[METRICS].render().decode()
+    finally:
+        front.close()
+    assert 'pdrelay:gpu_sm_utilization{gpu="1",instance="decode-0",model_name="tiny"} 0.5' in shown
+    assert source.closed
+
+
+@pytest.mark.parametrize(
+    ("device", "found"), [("cuda", NoGpu("none")), ("cpu", None)], ids=["no NVML", "on CPU"]
+)
+async def test_without_gpus_there_are_no_gauges(device, found):
+    def open_gpus():
+        assert found is not None, "the GPUs are not looked for"
+        return found
+
+    front = RouterFrontDoor(plan_on(device), dict, open_gpus)
+    shown = front.runner.app[METRICS].render().decode()
+    front.close()
+    assert "pdrelay:gpu" not in shown and "vllm:num_requests_running" in shown
