@@ -5,11 +5,27 @@ from __future__ import annotations
 import json
 import shutil
 import xml.etree.ElementTree as ET
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from pdrelay.cli import main
+from pdrelay.lab.kv.config import KvConfig
+from pdrelay.lab.kv.measure import cells_of, rounds_of
 from pdrelay.lab.kv.rundir import read_kv_run
+
+KV_CONFIG = KvConfig(
+    model="tiny",
+    dtype="float32",
+    tp=1,
+    device="cpu",
+    out=Path("unused"),
+    transports=("mapped",),
+    lengths=(64, 256),
+    block_sizes=(16, 64),
+    repeats=5,
+)
 
 
 @pytest.fixture(scope="module")
@@ -148,3 +164,17 @@ def test_bad_input_is_one_line(argv, cause, tmp_path, capsys, monkeypatch):
     shown = capsys.readouterr().err
     assert shown.count("\n") == 1 and cause in shown
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_plain_copy_the_rest_is_measured():
+    cells = cells_of(KV_CONFIG, with_copy=False)
+    assert not [cell for cell in cells if cell.mode == "copy"]
+    assert len(cells_of(KV_CONFIG)) == len(cells) + len(KV_CONFIG.lengths)
+
+
+def test_page_sizes_are_visited_forth_and_back():
+    assert rounds_of(KV_CONFIG) == [
+        (16, range(0, 3)), (64, range(0, 3)), (64, range(3, 5)), (16, range(3, 5))
+    ]  # fmt: skip
+    one = replace(KV_CONFIG, repeats=1)
+    assert rounds_of(one) == [(16, range(0, 1)), (64, range(0, 1))]

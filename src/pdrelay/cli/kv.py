@@ -121,6 +121,7 @@ def kv_config(args: argparse.Namespace) -> tuple[KvConfig, ModelConfig]:
     check_tp(shape, tp)
     device = _device(values.get("device", "auto"), args.predict_only)
     lengths = _lengths(values, shape)
+    transports = _transports(values, device)
     dtype = _dtype(values.get("dtype", "auto"), args.model, shape, device)
     config = KvConfig(
         model=args.model,
@@ -128,12 +129,14 @@ def kv_config(args: argparse.Namespace) -> tuple[KvConfig, ModelConfig]:
         tp=tp,
         device=device,
         out=_out(values),
-        transports=_transports(values, device),
+        transports=transports,
         lengths=lengths,
         block_sizes=_numbers(values, "block-sizes", DEFAULT_BLOCK_SIZES, 1 << 16),
         repeats=values.get("repeats", DEFAULT_REPEATS),
         predict_only=args.predict_only,
-        serve=None if args.no_serve or args.predict_only else _serve(values, lengths, device),
+        serve=None
+        if args.no_serve or args.predict_only
+        else _serve(values, lengths, device, transports[0]),
         compute=_compute(values),
         links=_links(values),
         seed=values.get("seed", 0),
@@ -219,10 +222,15 @@ def _lengths(values: Mapping[str, Any], shape: ModelConfig) -> tuple[int, ...]:
     return lengths
 
 
-def _serve(values: Mapping[str, Any], lengths: tuple[int, ...], device: str) -> ServeConfig:
+def _serve(
+    values: Mapping[str, Any], lengths: tuple[int, ...], device: str, transport: str
+) -> ServeConfig:
+    """Servers hand over by the first of the transports."""
     from pdrelay.lab.kv.config import ServeConfig
 
-    args = ["--device", device]
+    args = ["--device", device, "--transport", transport]
+    if values.get("dtype") in ("float32", "bfloat16"):
+        args += ["--dtype", values["dtype"]]
     if "max_model_len" in values:
         args += ["--max-model-len", str(values["max_model_len"])]
     served = (

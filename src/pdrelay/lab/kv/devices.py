@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -13,12 +13,17 @@ from pdrelay.core.clock import monotonic_ns
 from pdrelay.core.kv_layout import KVLayout
 from pdrelay.errors import TransportError
 from pdrelay.lab.environment import cpu_name
+from pdrelay.transport.base import Descriptor
 from pdrelay.transport.checksum import checksum
+from pdrelay.transport.copying import close_fds
 from pdrelay.transport.pages import SharedPages
 
 _UNIT = 128  # side of the matrices of one unit of stand-in computation
 _LARGE = 512
 _CALIBRATION_S = 0.15
+
+Pages = Any  # SharedPages, or a device's own kind: what `create_transport` takes
+Mark = Callable[[], int]  # waits for what came before it; returns when that was over, ns
 
 
 class PlainCopy(Protocol):
@@ -30,26 +35,38 @@ class PlainCopy(Protocol):
     def close(self) -> None: ...
 
 
+@dataclass(frozen=True)
+class Rates:
+    """What the device computes."""
+
+    unit_ns: float  # one unit of stand-in computation
+    flops_per_s: float
+    words: str  # how `flops_per_s` was measured
+
+
 class Device(Protocol):
     """One process's view of the device that it measures on."""
 
     words: str
 
-    def create_pages(self, layout: KVLayout) -> SharedPages: ...
+    def create_pages(self, layout: KVLayout) -> Pages: ...
 
-    def fill(self, pages: SharedPages, seed: int) -> None:
-        """Random bytes, so that a page in the wrong place is noticed."""
+    def fill(self, pages: Pages, seed: int) -> None:
+        """Random values, so that a page in the wrong place is noticed."""
 
-    def checksum(self, pages: SharedPages, blocks: Sequence[int]) -> int: ...
+    def checksum(self, pages: Pages, blocks: Sequence[int]) -> int: ...
 
-    def plain_copy(self, pages: SharedPages, remote_fds: Sequence[int]) -> PlainCopy | None:
-        """To the pool behind a `mapped` descriptor (fds are taken over); None: cannot be had."""
+    def plain_copy(self, pages: Pages, mapped: Descriptor) -> PlainCopy:
+        """To the pool that transport `mapped` describes; its fds are taken over. Raises
+        TransportError."""
 
-    def compute(self, units: int) -> None:
-        """Stands in for a layer's computation."""
+    def compute(self, layer: int, units: int) -> None:
+        """Stands in for the computation of `layer`, whose pages are written behind it."""
 
-    def calibrate(self) -> tuple[float, float]:
-        """(ns of one unit, FLOP/s of a large product); zeros where the device does not compute."""
+    def mark(self) -> Mark:
+        """Behind all computation so far."""
+
+    def calibrate(self) -> Rates: ...
 
 
 class _MappedCopy:
@@ -62,7 +79,7 @@ class _MappedCopy:
         np.copyto(self._to[:num_bytes], self._from[:num_bytes])
 
     def close(self) -> None:
-        self._to = self._to[:0].copy()
+        self._from = self._to = np.empty(0, np.uint8)
         self._remote.close()
 
 
@@ -87,25 +104,31 @@ class Cpu:
     def checksum(self, pages: SharedPages, blocks: Sequence[int]) -> int:
         return checksum(pages, blocks, "sample")
 
-    def plain_copy(self, pages: SharedPages, remote_fds: Sequence[int]) -> PlainCopy | None:
-        (fd,) = remote_fds
-        return _MappedCopy(pages, SharedPages(pages.layout, fd))
+    def plain_copy(self, pages: SharedPages, mapped: Descriptor) -> PlainCopy:
+        if len(mapped.fds) != 1:
+            close_fds(mapped.fds)
+            raise TransportError(f"one file descriptor leads to the pool, not {len(mapped.fds)}")
+        return _MappedCopy(pages, SharedPages(pages.layout, mapped.fds[0]))
 
-    def compute(self, units: int) -> None:
+    def compute(self, layer: int, units: int) -> None:
         for _ in range(units):
             np.matmul(self._a, self._b, out=self._out)
 
-    def calibrate(self) -> tuple[float, float]:
+    def mark(self) -> Mark:
+        now = monotonic_ns()
+        return lambda: now
+
+    def calibrate(self) -> Rates:
         large = np.random.default_rng(1).random((_LARGE, _LARGE), dtype=np.float32)
         out = np.empty_like(large)
-        unit_ns = _median_ns(lambda: self.compute(1))
-        large_ns = _median_ns(lambda: np.matmul(large, large, out=out))
-        return unit_ns, 2 * _LARGE**3 / (large_ns / 1e9)
+        unit_ns = median_ns(lambda: self.compute(0, 1))
+        large_ns = median_ns(lambda: np.matmul(large, large, out=out))
+        words = f"a float32 matrix product of {_LARGE}³ on one thread"
+        return Rates(unit_ns, 2 * _LARGE**3 / (large_ns / 1e9), words)
 
 
-def _median_ns(work: object) -> float:
+def median_ns(work: Callable[[], object]) -> float:
     """Median time of calls over _CALIBRATION_S, the first left out."""
-    assert callable(work)
     work()
     times: list[int] = []
     end = time.monotonic() + _CALIBRATION_S
@@ -117,14 +140,9 @@ def _median_ns(work: object) -> float:
 
 
 def open_device(name: str) -> Device:
-    """`cpu`. Raises TransportError for what this build cannot measure on."""
+    """`cpu` or `cuda:N`. Raises TransportError for what this build cannot measure on."""
     if name == "cpu":
         return Cpu()
-    raise TransportError(
-        f"no device pages for {name!r} in this build: run with --device cpu, or --predict-only"
-    )
+    from pdrelay.lab.kv.cuda_device import open_cuda
 
-
-def close_fds(fds: Sequence[int]) -> None:
-    for fd in fds:
-        os.close(fd)
+    return open_cuda(name)

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from pdrelay.core.clock import monotonic_ns
 from pdrelay.errors import PdrelayError, TransportError
-from pdrelay.lab.kv.devices import PlainCopy, open_device
+from pdrelay.lab.kv.devices import Mark, PlainCopy, open_device
 from pdrelay.lab.kv.wire import (
     Commit,
     Expect,
@@ -47,6 +47,12 @@ _IDLE_S = 3600.0  # for the next command; the parent's end shows at once
 _RECHECK_S = 0.02  # a transport without a descriptor to wait on
 COPY_VIA = "mapped"  # whose descriptor leads to the consumer's pool
 
+
+def _not_computed() -> int:
+    """The mark behind no computation."""
+    return 0
+
+
 N = TypeVar("N", Sent, Arrived)
 
 
@@ -65,13 +71,13 @@ class Endpoint:
         stack.callback(self.pages.close)
         is_producer = setup.role == "producer"
         self.transports: dict[str, Transport] = {}
-        for name in setup.transports:
-            options = TransportOptions(
-                timeout_s=setup.timeout_s,
-                pool=setup.pool,
-                pool_fd=fds[0] if fds else -1,
-                instance_index=0 if is_producer else 1,
-            )
+        options = TransportOptions(
+            timeout_s=setup.timeout_s,
+            pool=setup.pool,
+            pool_fd=fds[0] if fds else -1,
+            instance_index=0 if is_producer else 1,
+        )
+        for name in dict.fromkeys([*setup.transports, COPY_VIA]):
             transport = create_transport(name, self.pages, setup.role, options)
             stack.callback(transport.close)
             self.transports[name] = transport
@@ -146,15 +152,27 @@ class Producer:
         endpoint.device.fill(endpoint.pages, seed=1)
         for _ in endpoint.transports:
             reach, fds = peer.receive(Reach)
-            if reach.transport == COPY_VIA:
-                copies = tuple(os.dup(fd) for fd in fds)
-                self._copy = endpoint.device.plain_copy(endpoint.pages, copies)
-                if self._copy is not None:
-                    stack.callback(self._copy.close)
-            transport = endpoint.transports[reach.transport]
-            link = transport.connect(endpoint.setup.layout, Descriptor(reach.data, fds))
-            stack.callback(link.close)
-            self._links[reach.transport] = link
+            self._connect(reach.transport, Descriptor(reach.data, fds), stack)
+
+    def _connect(self, name: str, descriptor: Descriptor, stack: ExitStack) -> None:
+        """A link, and the way of the plain copy. Raises TransportError for a link asked for."""
+        endpoint = self._endpoint
+        try:
+            if name == COPY_VIA:
+                own = Descriptor(descriptor.data, tuple(os.dup(fd) for fd in descriptor.fds))
+                self._copy = endpoint.device.plain_copy(endpoint.pages, own)
+                stack.callback(self._copy.close)
+            link = endpoint.transports[name].connect(endpoint.setup.layout, descriptor)
+        except TransportError:
+            if name in endpoint.setup.transports:
+                raise
+            return
+        stack.callback(link.close)
+        self._links[name] = link
+
+    @property
+    def has_copy(self) -> bool:
+        return self._copy is not None
 
     def run(self, transfer: Transfer) -> Sample:
         match transfer.mode:
@@ -184,9 +202,10 @@ class Producer:
 
     def _compute(self, transfer: Transfer) -> Sample:
         start = monotonic_ns()
-        for _ in range(self._endpoint.setup.layout.num_layers):
-            self._endpoint.device.compute(transfer.units)
-        return Sample(transfer_id=transfer.transfer_id, start_ns=start, computed_ns=monotonic_ns())
+        device = self._endpoint.device
+        for layer in range(self._endpoint.setup.layout.num_layers):
+            device.compute(layer, transfer.units)
+        return Sample(transfer_id=transfer.transfer_id, start_ns=start, computed_ns=device.mark()())
 
     def _transfer(self, transfer: Transfer) -> Sample:
         name, transfer_id = transfer.transport, transfer.transfer_id
@@ -198,15 +217,16 @@ class Producer:
         expect = Expect(transfer_id=transfer_id, transport=name, blocks=transfer.dst_blocks)
         self._peer.send(expect)
         self._peer.receive(Expecting)
+        computed: Mark = _not_computed
         start = monotonic_ns()
         link.begin(transfer_id, keys)
         for layer in range(layers):
             if transfer.mode == "layerwise":
-                endpoint.device.compute(transfer.units)
-                if layer == layers - 1:
-                    computed = monotonic_ns()
+                endpoint.device.compute(layer, transfer.units)
+                computed = endpoint.device.mark()
             link.send(transfer_id, layer, 0, src, dst)
         link.finish(transfer_id)
+        computed_ns = computed()
         report = endpoint.wait(name, Sent, transfer_id, link.poll, transport.poll)
         sent = monotonic_ns()
         self._peer.send(Commit(transfer_id=transfer_id, num_pages=layers * len(src)))
@@ -214,7 +234,7 @@ class Producer:
         return Sample(
             transfer_id=transfer_id,
             start_ns=start,
-            computed_ns=computed if transfer.mode == "layerwise" else 0,
+            computed_ns=computed_ns,
             sent_ns=sent,
             landed_ns=landed.landed_ns,
             num_bytes=report.num_bytes,
@@ -228,8 +248,15 @@ class Producer:
 def produce(control: Peer, peer: Peer, endpoint: Endpoint, stack: ExitStack) -> None:
     """Serve the parent until it closes."""
     producer = Producer(peer, endpoint, stack)
-    unit_ns, flops_per_s = endpoint.device.calibrate()
-    control.send(Up(unit_ns=unit_ns, flops_per_s=flops_per_s, device=endpoint.device.words))
+    rates = endpoint.device.calibrate()
+    up = Up(
+        unit_ns=rates.unit_ns,
+        flops_per_s=rates.flops_per_s,
+        rate=rates.words,
+        device=endpoint.device.words,
+        has_copy=producer.has_copy,
+    )
+    control.send(up)
     control.set_timeout(_IDLE_S)
     while True:
         try:

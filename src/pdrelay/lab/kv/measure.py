@@ -10,6 +10,7 @@ import msgspec
 
 from pdrelay.core.kv_layout import KVLayout
 from pdrelay.errors import TransportError
+from pdrelay.lab.host_load import foreign_cores, sample
 from pdrelay.lab.kv.config import KvConfig
 from pdrelay.lab.kv.model import Compute, Link, Roofline
 from pdrelay.lab.kv.pair import POOL_REQUESTS, Pair
@@ -34,11 +35,13 @@ class Cell:
     tokens: int
 
 
-def cells_of(config: KvConfig) -> list[Cell]:
+def cells_of(config: KvConfig, *, with_copy: bool = True) -> list[Cell]:
     """What each repeat measures, before shuffling."""
     cells = []
     for tokens in config.lengths:
-        cells += [Cell("", "copy", "contiguous", tokens), Cell("", "compute", "contiguous", tokens)]
+        cells.append(Cell("", "compute", "contiguous", tokens))
+        if with_copy:
+            cells.append(Cell("", "copy", "contiguous", tokens))
         for transport in config.transports:
             for placement in config.placements:
                 cells.append(Cell(transport, "bulk", placement, tokens))
@@ -75,6 +78,7 @@ class Measurement:
         self._tell = tell
         self._note = note
         self.up: Up | None = None
+        self.foreign_cores: list[float | None] = []  # kept busy by others, a round
 
     def run(self) -> Iterator[list[SampleRecord]]:
         """Samples, a list a repeat. A pair that fails is noted and its round left out."""
@@ -102,17 +106,23 @@ class Measurement:
             log=config.out / "endpoints.log",
         ) as pair:
             self.up = self.up or pair.up
+            if not pair.up.has_copy:
+                self._note(
+                    "no plain copy between the two pools: transfers have no peak beside them"
+                )
             self._warm_up(pair, layout)
+            before = sample(pair.pids)
             for rep in repeats:
                 rng = random.Random(f"{config.seed}/{block_size}/{rep}")
-                cells = cells_of(config)
+                cells = cells_of(config, with_copy=pair.up.has_copy)
                 rng.shuffle(cells)
                 yield [self._sample(pair, cell, layout, rep, rng) for cell in cells]
+            self.foreign_cores.append(foreign_cores(before, sample(pair.pids)))
 
     def _warm_up(self, pair: Pair, layout: KVLayout) -> None:
         """Connections, threads and page tables of both ends; the longest prompt once each way."""
         rng = random.Random(0)
-        for cell in cells_of(self._config):
+        for cell in cells_of(self._config, with_copy=pair.up.has_copy):
             if cell.tokens == max(self._config.lengths):
                 self._sample(pair, cell, layout, -1, rng)
 
@@ -129,8 +139,8 @@ class Measurement:
             dst_blocks=place(cell.placement, count, num_blocks, rng),
             units=0 if cell.mode in ("bulk", "copy") else self._units(cell.tokens, pair.up),
         )
-        sample = msgspec.structs.asdict(pair.run(transfer))
-        del sample["transfer_id"]
+        figures = msgspec.structs.asdict(pair.run(transfer))
+        del figures["transfer_id"]
         return SampleRecord(
             transport=cell.transport,
             mode=cell.mode,
@@ -138,7 +148,7 @@ class Measurement:
             block_size=layout.block_size,
             tokens=cell.tokens,
             rep=rep,
-            **sample,
+            **figures,
         )
 
     def _units(self, tokens: int, up: Up) -> int:

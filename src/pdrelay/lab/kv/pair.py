@@ -13,7 +13,7 @@ from types import TracebackType
 
 from pdrelay.core.kv_layout import KVLayout
 from pdrelay.errors import TransportError
-from pdrelay.lab.kv.endpoint import COPY_VIA, HANDSHAKE_S
+from pdrelay.lab.kv.endpoint import HANDSHAKE_S
 from pdrelay.lab.kv.wire import Peer, Sample, Setup, Transfer, Up
 from pdrelay.transport.pool import PoolHandle, create_pool
 
@@ -35,14 +35,13 @@ class Pair:
         log: Path,
     ) -> None:
         """Raises TransportError, in the words of the process that could not start."""
-        names = tuple(dict.fromkeys([*transports, COPY_VIA]))
         self._timeout_s = timeout_s
         self._pool: PoolHandle | None = None
         self._processes: list[subprocess.Popen[bytes]] = []
         with contextlib.ExitStack() as stack:
             self._stack = stack
             stack.callback(self._reap)
-            if "pool" in names:
+            if "pool" in transports:
                 self._pool = create_pool(layout, POOL_REQUESTS * layout.num_blocks)
                 stack.callback(self._pool.close)
             p_peer, c_peer = socket.socketpair()
@@ -52,7 +51,7 @@ class Pair:
                 ("consumer", consumer, devices[1]),
                 ("producer", self._producer, devices[0]),
             ):
-                self._set_up(control, role, device, layout, names)
+                self._set_up(control, role, device, layout, tuple(transports))
             consumer.receive(Up)
             self.up, _ = self._producer.receive(Up)
             self._producer.set_timeout(timeout_s + _MARGIN_S)
@@ -89,6 +88,10 @@ class Pair:
             pool=pool.description if pool else b"",
         )
         control.send(setup, (pool.fd,) if pool else ())
+
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self._processes]
 
     def run(self, transfer: Transfer) -> Sample:
         """Raises TransportError when the transfer failed; the pair is of no use then."""

@@ -78,6 +78,9 @@ def _measure(config: KvConfig, shape: ModelConfig, info: KvRunInfo, reporter: Re
     if measurement.up is not None:
         info.device_words = measurement.up.device
         info.measured_flops_per_s = measurement.up.flops_per_s or None
+        info.measured_how = measurement.up.rate
+    known = [cores for cores in measurement.foreign_cores if cores is not None]
+    info.foreign_cores = max(known, default=None)
     _save(config.out, info)
 
 

@@ -41,7 +41,9 @@ class KvRunInfo(msgspec.Struct, kw_only=True):
     tp: int
     device: str
     device_words: str = ""  # what the measuring processes ran on
-    measured_flops_per_s: float | None = None  # one producer's, where its device computes
+    measured_flops_per_s: float | None = None  # one producer's
+    measured_how: str = ""
+    foreign_cores: float | None = None  # kept busy by other processes: the worst round's average
     started: str  # ISO 8601, UTC
     ended: str = ""
     notes: list[str] = []

@@ -14,6 +14,7 @@ from pdrelay.lab.stats import Estimate
 
 PLAIN_COPY = "plain copy"
 _COPY_COLOUR = 3
+FOREIGN_CORES = 0.25  # kept busy by others: figures are worse than they need to be
 
 
 def _note(text: str) -> Markup:
@@ -368,6 +369,14 @@ def environment_section(summary: KvSummary) -> Markup:
             ),
             environment_table(summary.environment),
             el("pre", shlex.join(run.argv)),
-            *(_note(text) for text in run.notes),
+            *(_note(text) for text in warnings(summary)),
         ]
     )
+
+
+def warnings(summary: KvSummary) -> list[str]:
+    """What qualifies the figures."""
+    cores = summary.run.foreign_cores
+    busy = f"Other processes kept {cores:.1f} cores busy meanwhile." if cores is not None else ""
+    loud = cores is not None and cores > FOREIGN_CORES
+    return [*([busy] if loud else []), *summary.run.notes]

@@ -166,8 +166,7 @@ def predictions(info: KvRunInfo, transfers: Sequence[TransferRow]) -> list[LinkF
             "this machine",
             info.measured_flops_per_s,
             float("inf"),
-            "measured in this run: a float32 matrix product on one thread of one rank; the floor "
-            "of reading weights left out",
+            f"measured in this run: {info.measured_how}; the floor of reading weights left out",
         )
         rows += [
             _predicted(info, info.model, info.shape, info.tp, here, link)

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from pdrelay.lab import fmt
 from pdrelay.lab.kv.figures import KvSummary, TransferRow
-from pdrelay.lab.kv.sections import span, transports
+from pdrelay.lab.kv.sections import span, transports, warnings
 from pdrelay.lab.report.tables import add_row, make_table
 
 
@@ -21,7 +21,7 @@ def print_kv_summary(summary: KvSummary, console: Console) -> None:
     if summary.serve:
         _serve(summary, console)
     _crossovers(summary, console)
-    for note in (*summary.run.notes, *summary.serve_notes):
+    for note in (*warnings(summary), *summary.serve_notes):
         console.print(note, markup=False, highlight=False)
 
 

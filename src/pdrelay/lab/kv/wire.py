@@ -42,11 +42,13 @@ class Reach(msgspec.Struct, frozen=True, kw_only=True, tag="reach"):
 
 
 class Up(msgspec.Struct, frozen=True, kw_only=True, tag="up"):
-    """`unit_ns`: one unit of stand-in computation; `flops_per_s`: of a large matrix product."""
+    """What a producer computes (devices.Rates), and whether it can copy without a transport."""
 
     unit_ns: float = 0.0
     flops_per_s: float = 0.0
+    rate: str = ""
     device: str = ""  # in words
+    has_copy: bool = False
 
 
 class Transfer(msgspec.Struct, frozen=True, kw_only=True, tag="transfer"):

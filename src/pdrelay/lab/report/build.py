@@ -12,6 +12,7 @@ import msgspec
 from pdrelay.errors import ConfigError
 from pdrelay.lab.chrome_trace import chrome_trace
 from pdrelay.lab.report.figures import Summary
+from pdrelay.lab.report.gpu import gpu_figures
 from pdrelay.lab.report.interference import interference_rows
 from pdrelay.lab.report.page import render
 from pdrelay.lab.report.phases import phase_rows
@@ -52,6 +53,7 @@ def summarize(run: Run) -> Summary:
         shapes=shape_rows(run),
         phases=phase_rows(run),
         transfers=transfer_rows(run),
+        gpu=gpu_figures(run),
         timelines=timelines(run),
         flags=flags,
         num_cases=len(run.cases),

@@ -8,6 +8,7 @@ from pdrelay.lab.html import Markup
 from pdrelay.lab.report import sections
 from pdrelay.lab.report.document import document
 from pdrelay.lab.report.figures import Summary
+from pdrelay.lab.report.gpu_section import gpu_section
 
 _SECTIONS: tuple[tuple[str, str, Callable[[Summary], Markup]], ...] = (
     ("ttft", "Experiment 1: TTFT against input length", sections.ttft_section),
@@ -20,6 +21,7 @@ _SECTIONS: tuple[tuple[str, str, Callable[[Summary], Markup]], ...] = (
     ("shapes", "Experiment 4: three shapes side by side", sections.shapes_section),
     ("phases", "Where TTFT goes", sections.phases_section),
     ("transfers", "KV transfers", sections.transfers_section),
+    ("gpus", "GPUs", gpu_section),
     ("timelines", "One request in each topology", sections.timelines_section),
     ("validity", "Validity", sections.validity_section),
     ("methodology", "Method", sections.methodology_section),

@@ -19,7 +19,8 @@ def console() -> Console:
 
 def print_summary(summary: Summary, console: Console) -> None:
     """Verdict and one table an experiment."""
-    for table in (_ttft(summary), _traffic(summary), _interference(summary), _shapes(summary)):
+    makers = (_ttft, _traffic, _interference, _shapes, _gpus)
+    for table in (make(summary) for make in makers):
         if table.row_count:
             console.print(table)
     errors = [flag for flag in summary.flags if flag.severity == "error"]
@@ -128,6 +129,28 @@ def _shapes(summary: Summary) -> Table:
                 fmt.estimate(row.output_rate),
             )
             add_row(table, *cells)
+    return table
+
+
+def _gpus(summary: Summary) -> Table:
+    table = make_table(
+        "GPUs: means over an experiment (while the instance works)",
+        *("topology", "experiment", "instance", "SMs busy", "tensor cores", "DRAM, TB/s"),
+        *("of peak", "NVLink out / in, GB/s", "memory, GB"),
+    )
+    for row in summary.gpu.rows:
+        add_row(
+            table,
+            summary.label(row.topology),
+            row.experiment,
+            row.instance,
+            f"{fmt.percent(row.sm)} ({fmt.percent(row.working_sm)})",
+            fmt.percent(row.tensor),
+            f"{fmt.number(row.dram_tb_per_s)} ({fmt.number(row.working_dram_tb_per_s)})",
+            fmt.percent(row.dram),
+            f"{fmt.number(row.nvlink_tx_gb_per_s)} / {fmt.number(row.nvlink_rx_gb_per_s)}",
+            fmt.number(row.memory_gb),
+        )
     return table
 
 
