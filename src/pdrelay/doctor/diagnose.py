@@ -7,7 +7,7 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 from pdrelay.doctor.rule import NEAR_LINES, Rule
-from pdrelay.doctor.rules import RULES
+from pdrelay.doctor.rules import LAST_RESORT, RULES
 from pdrelay.doctor.version import Version, parse_version
 
 _MAX_QUOTE = 300  # characters
@@ -22,6 +22,7 @@ _PREFIX = re.compile(
     r"(?:\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[^\]]{0,60}\] ?)?"
 )
 _QUIET = re.compile(r"\b(?:DEBUG|INFO)\b")
+_TORCH_WARNING = re.compile(r"(?:\[rank\d+\]:)?\[[IW]\d{4} ")  # IPv6 attempts that were given up
 _SOURCE_FILE = re.compile(r'\s*File ".*", line \d+')
 _VERSION = re.compile(
     r"(?:LLM engine \(v|vLLM API server version |\bversion |sglang==)(\d+\.\d+[\w.]*)"
@@ -41,7 +42,10 @@ class Finding:
     symptom: bool = False  # usually follows from another cause
 
     def __str__(self) -> str:
-        return f"cause: {self.cause} fix: {self.fix}"
+        """For an error message of one line."""
+        if self.id == _UNRECOGNISED:
+            return f"its earliest error: {self.line}"
+        return f"cause: {self.cause}; fix: {self.fix}"
 
 
 def diagnose(log_text: str, engine: str | None = None, version: str | None = None) -> list[Finding]:
@@ -54,13 +58,20 @@ def diagnose(log_text: str, engine: str | None = None, version: str | None = Non
     raw = log_text.splitlines()
     prefixes = [_PREFIX.match(line) for line in raw]
     lines = [line[match.end() if match else 0 :] for line, match in zip(raw, prefixes, strict=True)]
-    quiet = {i for i, match in enumerate(prefixes) if match and _QUIET.search(match[0])}
+    quiet = {
+        index
+        for index, (line, match) in enumerate(zip(lines, prefixes, strict=True))
+        if (match and _QUIET.search(match[0])) or _TORCH_WARNING.match(line)
+    }
     known = parse_version(version) or _version_in(lines)
-    found = _match_all(lines, quiet, engine, known)
+    found = _match_all(lines, RULES, quiet, engine, known)
     found.sort(key=lambda finding: (finding.symptom, finding.line_number))
-    if any(not finding.symptom for finding in found):
+    if found and not found[0].symptom:
         return found
-    return [*_unrecognised(lines, found), *found]
+    unknown = _unrecognised(lines)
+    if unknown is not None and (not found or unknown.line_number < found[0].line_number):
+        return [unknown, *found]
+    return found or _match_all(lines, LAST_RESORT, frozenset(), engine, known)
 
 
 def explain(findings: Sequence[Finding]) -> list[str]:
@@ -80,13 +91,17 @@ def _version_in(lines: Sequence[str]) -> Version | None:
 
 
 def _match_all(
-    lines: Sequence[str], quiet: Set[int], engine: str | None, version: Version | None
+    lines: Sequence[str],
+    table: Sequence[Rule],
+    quiet: Set[int],
+    engine: str | None,
+    version: Version | None,
 ) -> list[Finding]:
     """The first line of each rule; a line belongs to the first rule that takes it."""
     text = "\n".join(lines)
     rules = [
         rule
-        for rule in RULES
+        for rule in table
         if rule.applies(engine, version)
         and (not rule.anywhere or re.search(rule.anywhere, text) is not None)
     ]
@@ -128,18 +143,16 @@ def _quote(line: str) -> str:
     return text if len(text) <= _MAX_QUOTE else text[: _MAX_QUOTE - 3] + "..."
 
 
-def _unrecognised(lines: Sequence[str], symptoms: Sequence[Finding]) -> list[Finding]:
-    """The first exception that no symptom has claimed."""
-    claimed = {finding.line_number for finding in symptoms}
-    for number, line in enumerate(lines, 1):
-        if number not in claimed and _EXCEPTION.match(line):
-            return [
-                Finding(
-                    _UNRECOGNISED,
-                    "an error that pdrelay does not know; it is the earliest in the log",
-                    f"read the traceback that ends in line {number} of the log",
-                    _quote(line),
-                    number,
-                )
-            ]
-    return []
+def _unrecognised(lines: Sequence[str]) -> Finding | None:
+    """The first exception that is no mere report of another."""
+    reports = [rule.regex for rule in (*RULES, *LAST_RESORT) if rule.symptom]
+    for index, line in enumerate(lines):
+        if _EXCEPTION.match(line) and not any(regex.search(line) for regex in reports):
+            return Finding(
+                _UNRECOGNISED,
+                "an error that pdrelay does not know; it is the earliest in the log",
+                f"read the traceback that ends in line {index + 1} of the log",
+                _quote(line),
+                index + 1,
+            )
+    return None

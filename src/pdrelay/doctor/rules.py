@@ -219,7 +219,7 @@ NIXL_RULES = (
     ),
     Rule(
         "ucx_transport",
-        r"UCX\s+(?:WARN|ERROR).*transports? (?P<names>'[^ ]+) (?:is|are) not available",
+        r"UCX\s+(?:WARN|ERROR).*transports? (?P<names>'[^ ]*cuda[^ ]*) (?:is|are) not available",
         "UCX lacks the transports {names}: it was built without CUDA, or another UCX was loaded",
         "set UCX_TLS=all, and take other UCX installations out of LD_LIBRARY_PATH",
     ),
@@ -520,6 +520,12 @@ HOST_RULES = (
     ),
     Rule(
         "shm_too_small",
+        r"Insufficient space in /dev/shm for shared-memory allocation: (?P<need>.+?) required",
+        "/dev/shm is too small for the engine's rings between ranks ({need} needed)",
+        "start the container with --shm-size=16g or --ipc=host, or empty /dev/shm",
+    ),
+    Rule(
+        "shm_too_small",
         r"No space left on device|Bus error|out of shared memory",
         "/dev/shm is full or too small",
         "start the container with --shm-size=16g or --ipc=host, or empty /dev/shm",
@@ -532,9 +538,15 @@ HOST_RULES = (
         "free some space, or move HF_HOME, VLLM_CACHE_ROOT and TMPDIR",
     ),
     Rule(
+        "no_loopback",
+        r"Unable to find interface for: \[(?:127\.0\.0\.1|::1|localhost)\]",
+        "the loopback interface is down or missing",
+        "ip link set lo up; a container without a network needs at least lo",
+    ),
+    Rule(
         "gloo_interface",
         r"(?i)gloo.*(?:Unable to find address for|connectFullMesh|interface)"
-        r"|Unable to find address for: (?P<name>\S+)",
+        r"|Unable to find (?:address|interface) for: (?P<name>\S+)",
         "gloo cannot use the network interface that it was told",
         "unset GLOO_SOCKET_IFNAME, or set it to one that 'ip -br addr' lists, such as lo",
     ),
@@ -551,7 +563,7 @@ HOST_RULES = (
     ),
     Rule(
         "port_in_use",
-        rf"^(?!.*ras/).*(?:\[Errno 98\]|EADDRINUSE|[Aa]ddress already in use"
+        r"^(?!.*ras/).*(?:\[Errno 98\]|EADDRINUSE|[Aa]ddress already in use"
         r"|error while attempting to bind on address)",
         "a port is in use",
         "choose another with --port, or end the process that holds it ('ss -ltnp')",
@@ -570,6 +582,13 @@ HOST_RULES = (
         "the KV cache asked for is larger than the host's memory",
         "lower VLLM_CPU_KVCACHE_SPACE (GiB)",
         engines=("vllm",),
+    ),
+    Rule(
+        "program_missing",
+        r"CalledProcessError: Command '(?P<name>\S+).*exit status 127"
+        r"|FileNotFoundError: .*No such file or directory: '(?P<other>lscpu|numactl|nvcc)'",
+        "the engine calls the program {name}{other}, which is not on PATH",
+        "install it (lscpu is in util-linux), or correct PATH",
     ),
     Rule(
         "no_compiler",
@@ -609,4 +628,18 @@ RULES: tuple[Rule, ...] = (
     *GPU_RULES,
     *MODEL_RULES,
     *HOST_RULES,
+)
+
+# Looked for only where no rule above and no other exception is found.
+LAST_RESORT: tuple[Rule, ...] = (
+    Rule(
+        "engine_vanished",
+        r"Engine core initialization failed|WorkerProc initialization failed"
+        r"|Received sigquit from a child process",
+        "the engine's process ended without a word in this log: it was killed (SIGKILL, most "
+        "often the kernel's OOM killer) or crashed in native code",
+        "see 'dmesg -T | grep -i -e oom -e segfault'; raise the memory limit, and start again "
+        "with PYTHONFAULTHANDLER=1",
+        symptom=True,
+    ),
 )

@@ -193,6 +193,6 @@ class Instance:
 def launch_error(instance: Instance) -> LaunchError:
     """Why `instance`, which has ended, never became ready, and the fix where its log shows one."""
     said = [line for rank in instance.ranks for line in rank.log.tail]
-    findings = diagnose("\n".join([*said, instance.reason]), "native")
+    findings = diagnose("\n".join([*said, instance.reason]))
     known = f"; {findings[0]}" if findings and not instance.explained else ""
     return LaunchError(f"worker {instance.instance} did not start: {instance.reason}{known}")
