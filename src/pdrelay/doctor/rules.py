@@ -240,11 +240,29 @@ NIXL_RULES = (
     ),
     Rule(
         "nixl_handshake",
-        r"NIXL compatibility hash mismatch|Remote NIXL agent.*version mismatch",
+        r"NIXL compatibility hash mismatch|is not divisible by remote block size",
         "the two instances differ in what decides the KV's layout (version, dtype, block size, "
         "attention backend)",
         "start both with the same vLLM, --dtype, --block-size, --kv-cache-dtype and backend",
         engines=("vllm",),
+    ),
+    Rule(
+        "nixl_wrong_peer",
+        r"Remote NIXL agent engine ID mismatch",
+        "decode reached another instance than the one that holds the KV: prefill restarted, or "
+        "the side channel's host or port leads elsewhere",
+        "set VLLM_NIXL_SIDE_CHANNEL_HOST to an address that decode can reach, and a distinct "
+        "VLLM_NIXL_SIDE_CHANNEL_PORT for each instance",
+        engines=("vllm",),
+    ),
+    Rule(
+        "nixl_transfer",
+        r"NIXL transfer failure: (?P<kind>\w+)",
+        "a hand-over over NIXL failed ({kind}): the other instance has ended, restarted, or "
+        "cannot be reached",
+        "read the other instance's log at this time; restart decode too where prefill restarted",
+        engines=("vllm",),
+        symptom=True,
     ),
 )
 
@@ -285,6 +303,14 @@ SGLANG_RULES = (
         "start prefill first; give both sides its host and --disaggregation-bootstrap-port, a "
         "free port of its own for each prefill instance",
         engines=("sglang",),
+    ),
+    Rule(
+        "sglang_rank_failed",
+        r"TP rank (?P<rank>\d+) could finish the model loading, but there are other ranks",
+        "another rank than {rank} failed or was too slow while it loaded the model",
+        "read the other ranks' lines above; free GPU and host memory",
+        engines=("sglang",),
+        symptom=True,
     ),
     Rule(
         "sglang_transfer",
@@ -599,7 +625,7 @@ HOST_RULES = (
     ),
     Rule(
         "oom_killed",
-        r"Out of memory: Killed process|oom-kill|exit code: -9|exitcode: -9|Failed core proc\(s\): "
+        r"Out of memory: Killed process|oom-kill|[Ee]xit ?code: -9|Failed core proc\(s\): "
         r"\{[^}]*: -9\b|was killed by SIGKILL|died unexpectedly.*-9",
         "a process was killed with SIGKILL; most often the kernel's OOM killer, because host "
         "memory ran out (P2pNcclConnector alone pins 32 GB a rank)",
@@ -635,7 +661,7 @@ LAST_RESORT: tuple[Rule, ...] = (
     Rule(
         "engine_vanished",
         r"Engine core initialization failed|WorkerProc initialization failed"
-        r"|Received sigquit from a child process",
+        r"|Received sigquit from a child process|scheduler (?:is dead|died)",
         "the engine's process ended without a word in this log: it was killed (SIGKILL, most "
         "often the kernel's OOM killer) or crashed in native code",
         "see 'dmesg -T | grep -i -e oom -e segfault'; raise the memory limit, and start again "
