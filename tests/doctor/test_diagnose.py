@@ -211,6 +211,21 @@ def test_information_and_quoted_source_are_no_errors():
     assert diagnose("torch.OutOfMemoryError: CUDA out of memory")[0].id == "cuda_out_of_memory"
 
 
+@pytest.mark.parametrize(
+    "before",
+    [
+        "\x1b[0;36m(EngineCore_DP0 pid=7)\x1b[0;0m ERROR 10-09 00:54:01 [core.py:718] ",
+        "prefill-1  | (EngineCore_DP0 pid=7) ERROR 10-09 00:54:01 [core.py:718] ",
+        "[2026-09-17 16:23:13.816 DP0 TP0] ",
+        "[replica-0.0] ",
+        "",
+    ],
+)
+def test_what_loggers_put_before_a_message_is_left_out(before):
+    assert diagnose(before + "KeyError: 'http_port'")[0].line == "KeyError: 'http_port'"
+    assert diagnose(before + "ValueError: never seen")[0].line == "ValueError: never seen"
+
+
 def test_explain_gives_cause_fix_and_line():
     text = "x\nKeyError: 'http_port'"
     cause, fix, seen = explain(diagnose(text))

@@ -14,8 +14,10 @@ _MAX_QUOTE = 300  # characters
 _UNRECOGNISED = "unrecognised"
 
 # "(EngineCore pid=7) ERROR 11-24 11:17:24 [core.py:718] ", "[2025-09-17 16:23:13 TP1] ",
-# "[prefill-0.0] ": what loggers and launchers put before a message.
+# "[prefill-0.0] ", "prefill-1  | ": what loggers and launchers put before a message.
+_COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _PREFIX = re.compile(
+    r"(?:[\w.-]{1,64}\s{1,8}\| )?"
     r"(?:\[[\w-]+\.\d+\] )?"
     r"(?:\([^()]{1,80}\bpid=\d+\)\s?)*"
     r"(?:(?:DEBUG|INFO|WARNING|ERROR|CRITICAL)\s+\d\d-\d\d \d\d:\d\d:\d\d "
@@ -87,7 +89,7 @@ class _Log:
 def _parse(text: str) -> _Log:
     lines, quiet, quoted = [], set(), set()
     in_source = False
-    for index, raw in enumerate(text.splitlines()):
+    for index, raw in enumerate(_COLOURS.sub("", text).splitlines()):
         prefix = _PREFIX.match(raw)
         line = raw[prefix.end() :] if prefix else raw
         lines.append(line)
