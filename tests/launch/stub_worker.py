@@ -109,6 +109,9 @@ def main() -> int:
     if "fatal" in mode:
         control.send(Fatal("no weights in the directory: download them again"))
         return 1
+    if "no-memory" in mode:
+        control.send(Fatal("OSError: [Errno 12] Cannot allocate memory"))
+        return 1
     if "hang" in mode:
         signal.pause()
     layout = KVLayout(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import signal
 import socket
 import time
@@ -16,6 +17,7 @@ from pdrelay.errors import LaunchError
 from pdrelay.launch.process import RankProcess
 from pdrelay.launch.topology import InstanceSpec
 
+_EXCEPTION = re.compile(r"\w*(?:Error|Exception): ")
 _CLOSE_GRACE_S = 1.0  # between a control socket's end and the exit of its rank, either way round
 
 
@@ -142,8 +144,8 @@ class Instance:
 
     @property
     def explained(self) -> bool:
-        """Whether the rank itself gave cause and fix."""
-        return bool(self._fatal)
+        """Whether the rank itself gave cause and fix, and not only an exception's name."""
+        return bool(self._fatal) and _EXCEPTION.match(self._fatal) is None
 
     @property
     def _all_exited(self) -> bool:
