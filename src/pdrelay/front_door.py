@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import replace
 
+from pdrelay.core.endpoint import HttpEndpoint
 from pdrelay.core.messages import Drain
 from pdrelay.core.time_slice import request_short_slices
 from pdrelay.errors import WorkerLostError
+from pdrelay.launch.attached import AttachedInstance
 from pdrelay.launch.config import ServeConfig
+from pdrelay.launch.driver import Control
 from pdrelay.launch.instance import Instance
 from pdrelay.launch.plan import Plan
+from pdrelay.launch.topology import InstanceSpec
 from pdrelay.model.generation_config import load_generation_config
 from pdrelay.model.tokenizer import load_tokenizer
 from pdrelay.router.app import build_app
@@ -22,6 +25,9 @@ from pdrelay.router.cluster import Cluster
 from pdrelay.router.config import ModelInfo, RouterConfig
 from pdrelay.router.engine_client import StreamEngineClient
 from pdrelay.router.event_log import EventLog
+from pdrelay.router.http_client import HttpEngineClient
+from pdrelay.router.http_pd import HandOvers, NixlStyle, PdrelayStyle, SglangStyle, Style
+from pdrelay.router.http_session import HttpSession
 from pdrelay.router.server import make_runner
 
 _MAX_PING_INTERVAL_S = 1.0
@@ -52,22 +58,25 @@ def model_info(plan: Plan) -> ModelInfo:
     )
 
 
+def hand_over_style(plan: Plan) -> Style:
+    """How HTTP engines hand over; native ones do it among themselves."""
+    if plan.config.engine.engine == "sglang":
+        return SglangStyle()
+    if plan.resolved.transport == "nixl":
+        return NixlStyle()
+    return PdrelayStyle(plan.config.external.dispatch)
+
+
 class RouterFrontDoor:
     """The router as `pdrelay.serve.FrontDoor`."""
 
     def __init__(self, plan: Plan, down: Callable[[], dict[str, str]]) -> None:
         """`down`: instance id to why it is not ready. Raises ConfigError and ModelError."""
         request_short_slices()
-        timeout_s = plan.config.worker_timeout_s
-        self._clients = [
-            StreamEngineClient(
-                spec.instance,
-                spec.role,
-                ping_interval_s=min(_MAX_PING_INTERVAL_S, timeout_s / 4),
-                answer_timeout_s=min(_MAX_ANSWER_TIMEOUT_S, timeout_s),
-            )
-            for spec in plan.specs
-        ]
+        self._plan = plan
+        self._session = HttpSession()
+        self._hand_overs = HandOvers(hand_over_style(plan))
+        self._clients = [self._client(spec) for spec in plan.specs]
         cluster = Cluster(self._clients)
         self._bridge = Bridge(self._clients, lambda instance, reason: cluster.forget(instance))
         model = model_info(plan)
@@ -75,8 +84,31 @@ class RouterFrontDoor:
         config = router_config(plan.config)
         self.runner = make_runner(build_app(config, model, cluster, self._event_log, down), config)
 
-    def on_started(self, instance: Instance, sock: socket.socket) -> None:
-        self._bridge.on_started(instance, sock)
+    def _client(self, spec: InstanceSpec) -> StreamEngineClient | HttpEngineClient:
+        timeout_s = self._plan.config.worker_timeout_s
+        ping_interval_s = min(_MAX_PING_INTERVAL_S, timeout_s / 4)
+        answer_timeout_s = min(_MAX_ANSWER_TIMEOUT_S, timeout_s)
+        if self._plan.config.engine.engine == "native":
+            return StreamEngineClient(
+                spec.instance,
+                spec.role,
+                ping_interval_s=ping_interval_s,
+                answer_timeout_s=answer_timeout_s,
+            )
+        return HttpEngineClient(
+            spec.instance,
+            spec.role,
+            session=self._session,
+            hand_overs=self._hand_overs,
+            ping_interval_s=ping_interval_s,
+            answer_timeout_s=answer_timeout_s,
+        )
+
+    def on_started(self, instance: Instance, control: Control) -> None:
+        self._bridge.on_started(instance, control)
+
+    def attach(self, instance: AttachedInstance, endpoint: HttpEndpoint) -> None:
+        self._bridge.on_started(instance, endpoint)
 
     def on_exited(self, instance: Instance, reason: str) -> None:
         self._bridge.on_exited(instance, reason)
@@ -86,7 +118,8 @@ class RouterFrontDoor:
             with contextlib.suppress(WorkerLostError):
                 client.send(Drain())
 
-    def close(self) -> None:
+    async def close(self) -> None:
         for client in self._clients:
             client.close()
+        await self._session.close()
         self._event_log.close()

@@ -14,7 +14,7 @@ from stub_front_door import STUB_COMMAND, StubListener
 from pdrelay.errors import LaunchError
 from pdrelay.launch.config import EngineConfig, ServeConfig
 from pdrelay.launch.host import Host
-from pdrelay.launch.ranks import RankPlan
+from pdrelay.launch.native_driver import NativeDriver, RankPlan
 from pdrelay.launch.resolve import resolve
 from pdrelay.launch.restart_policy import RestartOptions
 from pdrelay.launch.run_dir import RunDir
@@ -39,10 +39,9 @@ class Rig:
         self.pids: list[int] = []
         self.supervisor = Supervisor(
             instances(topology),
-            RankPlan(config, resolved, run_dir),
+            NativeDriver(RankPlan(config, resolved, run_dir), command),
             self.listener,
             options=SupervisorOptions(**options),
-            command=command,
             log=self.lines.append,
             on_death=lambda spec: self.deaths.append(spec.instance),
         )

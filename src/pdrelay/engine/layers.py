@@ -9,8 +9,9 @@ from typing import Protocol
 import torch
 from torch.nn import functional
 
-from pdrelay.engine.kernels import Kernels, load_kernels
+from pdrelay.engine.kernels import Kernels
 from pdrelay.engine.kernels.workspace import Workspace
+from pdrelay.engine.remote_store import RemoteLayer
 from pdrelay.model.config import Llama3RopeScaling, ModelConfig
 
 
@@ -52,19 +53,15 @@ class Ops(Protocol):
         rope_table: torch.Tensor,
         norms: HeadNorms | None,
         kv_layer: torch.Tensor,
+        remote: RemoteLayer | None = None,
+        keep_keys: bool = False,
     ) -> torch.Tensor:
         """Norm and rotate q and k of [T, (Hq + 2 * Hkv) * D]; write k and v into the pages.
 
-        `kv_layer` [num_blocks, 2, block_size, Hkv, D]. Returns q, [T, Hq * D], maybe strided.
+        `kv_layer` [num_blocks, 2, block_size, Hkv, D]. `remote`: a peer's pages that get the same;
+        `keep_keys`: k is rotated in `qkv` too. Both on CUDA only; elsewhere remote is None.
+        Returns q, [T, Hq * D], maybe strided.
         """
-
-
-def select_ops(dtype: torch.dtype, device: torch.device, use_kernels: bool = True) -> Ops:
-    """The C kernels where they run, else torch."""
-    kernels = load_kernels() if use_kernels else None
-    if kernels is not None and dtype == torch.float32 and device.type == "cpu":
-        return KernelOps(kernels)
-    return TorchOps()
 
 
 class TorchOps:
@@ -92,7 +89,10 @@ class TorchOps:
         rope_table: torch.Tensor,
         norms: HeadNorms | None,
         kv_layer: torch.Tensor,
+        remote: RemoteLayer | None = None,
+        keep_keys: bool = False,
     ) -> torch.Tensor:
+        assert remote is None and not keep_keys
         block_size, num_kv_heads, head_dim = kv_layer.shape[2:]
         heads = qkv.view(qkv.shape[0], -1, head_dim)
         num_heads = heads.shape[1] - 2 * num_kv_heads
@@ -148,7 +148,10 @@ class KernelOps:
         rope_table: torch.Tensor,
         norms: HeadNorms | None,
         kv_layer: torch.Tensor,
+        remote: RemoteLayer | None = None,
+        keep_keys: bool = False,
     ) -> torch.Tensor:
+        assert remote is None and not keep_keys
         block_size, num_kv_heads, head_dim = kv_layer.shape[2:]
         num_rows, width = qkv.shape
         q_width = width - 2 * num_kv_heads * head_dim

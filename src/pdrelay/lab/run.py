@@ -12,14 +12,14 @@ from pathlib import Path
 from pdrelay import __version__
 from pdrelay.bench.client import ClosedLoop
 from pdrelay.bench.server_info import fetch_server_info
-from pdrelay.errors import ConfigError, LaunchError, PdrelayError
+from pdrelay.errors import LaunchError, PdrelayError
 from pdrelay.lab.budget import Budget
 from pdrelay.lab.config import LabConfig
 from pdrelay.lab.environment import environment, git_commit
 from pdrelay.lab.experiments import interference, shapes, traffic, ttft
 from pdrelay.lab.experiments.base import Context, Step
 from pdrelay.lab.progress import Reporter
-from pdrelay.lab.rundir import LaunchInfo, RunInfo, write_json
+from pdrelay.lab.rundir import LaunchInfo, RunInfo, claim_directory, write_json
 from pdrelay.lab.server import Launcher, ServerHandle
 from pdrelay.lab.topology import LabTopology
 
@@ -88,7 +88,7 @@ class _Lab:
     async def run(self) -> RunInfo:
         if self._config.trace is not None:
             traffic.check_trace(self._config.trace)
-        self._claim_directory()
+        claim_directory(self._config.out)
         self._save_info()
         write_json(self._config.out / "environment.json", environment())
         failures: list[str] = []
@@ -105,16 +105,6 @@ class _Lab:
         if len(failures) == len(self._schedule):
             raise LaunchError(f"no server started; the first failure: {failures[0]}")
         return self._info
-
-    def _claim_directory(self) -> None:
-        out = self._config.out
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ConfigError(f"{out} exists and is not empty: choose another --out")
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            reason = error.strerror
-            raise ConfigError(f"cannot create {out}: {reason}; choose another --out") from error
 
     # ---- one server
 

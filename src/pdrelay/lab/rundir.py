@@ -166,6 +166,17 @@ def case_path(info: CaseInfo) -> str:
 # ---- writing
 
 
+def claim_directory(out: Path) -> None:
+    """Make `out`, which must be new or empty. Raises ConfigError."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists and is not empty: choose another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror
+        raise ConfigError(f"cannot create {out}: {reason}; choose another --out") from error
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write one JSON file, indented, creating its directory."""
     path.parent.mkdir(parents=True, exist_ok=True)

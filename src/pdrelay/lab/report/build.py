@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,12 +66,19 @@ def build_report(root: Path) -> BuiltReport:
     run = read_run(root)
     summary = summarize(run)
     built = BuiltReport(summary, root / "report.html", root / "summary.json", root / "trace.json")
-    try:
+    with writing():
         built.report.write_text(render(summary), encoding="utf-8")
         write_json(built.summary_file, summary)
         built.trace.write_bytes(msgspec.json.encode(chrome_trace(run)))
+    return built
+
+
+@contextmanager
+def writing() -> Iterator[None]:
+    """Files of a report are written within. Raises ConfigError when one cannot be."""
+    try:
+        yield
     except OSError as error:
         raise ConfigError(
             f"{error.filename} cannot be written: {error.strerror}; free it, or copy the run"
         ) from error
-    return built
