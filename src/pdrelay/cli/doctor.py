@@ -30,8 +30,9 @@ _ENGINES = ("native", "vllm", "sglang")
 _OWN = [
     Option("engine", choice(*_ENGINES), "native (default), vllm, sglang", "NAME"),
     Option("engine-python", text, "Python of the engine's environment (default: this one)", "PATH"),
-    Option("connector", text, "vLLM's KV connector, such as NixlConnector", "NAME"),
+    Option("connector", text, "vLLM's KV connector: pdrelay, nixl, or its class name", "NAME"),
 ]
+_CONNECTORS = {"auto": "", "pdrelay": "PdrelayConnector", "nixl": "NixlConnector"}
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -115,7 +116,8 @@ def make_ask(args: argparse.Namespace) -> Ask:
     from pdrelay.doctor.facts import Ask
 
     engine = _engine(args) or "native"
-    values = {**vars(args), "engine": None, "model": args.model or "tiny"}
+    ours = dict.fromkeys(option.key for option in _OWN)
+    values = {**vars(args), **ours, "model": args.model or "tiny"}
     config = serve_config(argparse.Namespace(**values))
     if args.model is None and args.config is None:
         from dataclasses import replace
@@ -124,6 +126,6 @@ def make_ask(args: argparse.Namespace) -> Ask:
     return Ask(
         engine=engine,  # type: ignore[arg-type]  # checked by _engine
         config=config,
-        connector=args.connector or "",
+        connector=_CONNECTORS.get(args.connector or "", args.connector or ""),
         engine_python=args.engine_python or sys.executable,
     )

@@ -219,7 +219,7 @@ NIXL_RULES = (
     ),
     Rule(
         "ucx_transport",
-        r"UCX\s+(?:WARN|ERROR).*transports? (?P<names>'[^ ]+) (?:is|are) not available",
+        r"UCX\s+(?:WARN|ERROR).*transports? (?P<names>'[^ ]*cuda[^ ]*) (?:is|are) not available",
         "UCX lacks the transports {names}: it was built without CUDA, or another UCX was loaded",
         "set UCX_TLS=all, and take other UCX installations out of LD_LIBRARY_PATH",
     ),
@@ -240,11 +240,29 @@ NIXL_RULES = (
     ),
     Rule(
         "nixl_handshake",
-        r"NIXL compatibility hash mismatch|Remote NIXL agent.*version mismatch",
+        r"NIXL compatibility hash mismatch|is not divisible by remote block size",
         "the two instances differ in what decides the KV's layout (version, dtype, block size, "
         "attention backend)",
         "start both with the same vLLM, --dtype, --block-size, --kv-cache-dtype and backend",
         engines=("vllm",),
+    ),
+    Rule(
+        "nixl_wrong_peer",
+        r"Remote NIXL agent engine ID mismatch",
+        "decode reached another instance than the one that holds the KV: prefill restarted, or "
+        "the side channel's host or port leads elsewhere",
+        "set VLLM_NIXL_SIDE_CHANNEL_HOST to an address that decode can reach, and a distinct "
+        "VLLM_NIXL_SIDE_CHANNEL_PORT for each instance",
+        engines=("vllm",),
+    ),
+    Rule(
+        "nixl_transfer",
+        r"NIXL transfer failure: (?P<kind>\w+)",
+        "a hand-over over NIXL failed ({kind}): the other instance has ended, restarted, or "
+        "cannot be reached",
+        "read the other instance's log at this time; restart decode too where prefill restarted",
+        engines=("vllm",),
+        symptom=True,
     ),
 )
 
@@ -285,6 +303,14 @@ SGLANG_RULES = (
         "start prefill first; give both sides its host and --disaggregation-bootstrap-port, a "
         "free port of its own for each prefill instance",
         engines=("sglang",),
+    ),
+    Rule(
+        "sglang_rank_failed",
+        r"TP rank (?P<rank>\d+) could finish the model loading, but there are other ranks",
+        "another rank than {rank} failed or was too slow while it loaded the model",
+        "read the other ranks' lines above; free GPU and host memory",
+        engines=("sglang",),
+        symptom=True,
     ),
     Rule(
         "sglang_transfer",
@@ -520,6 +546,12 @@ HOST_RULES = (
     ),
     Rule(
         "shm_too_small",
+        r"Insufficient space in /dev/shm for shared-memory allocation: (?P<need>.+?) required",
+        "/dev/shm is too small for the engine's rings between ranks ({need} needed)",
+        "start the container with --shm-size=16g or --ipc=host, or empty /dev/shm",
+    ),
+    Rule(
+        "shm_too_small",
         r"No space left on device|Bus error|out of shared memory",
         "/dev/shm is full or too small",
         "start the container with --shm-size=16g or --ipc=host, or empty /dev/shm",
@@ -532,9 +564,15 @@ HOST_RULES = (
         "free some space, or move HF_HOME, VLLM_CACHE_ROOT and TMPDIR",
     ),
     Rule(
+        "no_loopback",
+        r"Unable to find interface for: \[(?:127\.0\.0\.1|::1|localhost)\]",
+        "the loopback interface is down or missing",
+        "ip link set lo up; a container without a network needs at least lo",
+    ),
+    Rule(
         "gloo_interface",
         r"(?i)gloo.*(?:Unable to find address for|connectFullMesh|interface)"
-        r"|Unable to find address for: (?P<name>\S+)",
+        r"|Unable to find (?:address|interface) for: (?P<name>\S+)",
         "gloo cannot use the network interface that it was told",
         "unset GLOO_SOCKET_IFNAME, or set it to one that 'ip -br addr' lists, such as lo",
     ),
@@ -572,6 +610,13 @@ HOST_RULES = (
         engines=("vllm",),
     ),
     Rule(
+        "program_missing",
+        r"CalledProcessError: Command '(?P<name>\S+).*exit status 127"
+        r"|FileNotFoundError: .*No such file or directory: '(?P<other>lscpu|numactl|nvcc)'",
+        "the engine calls the program {name}{other}, which is not on PATH",
+        "install it (lscpu is in util-linux), or correct PATH",
+    ),
+    Rule(
         "no_compiler",
         r"Failed to find C compiler|InvalidCxxCompiler|No working C\+\+ compiler|"
         r"fatal error: Python\.h",
@@ -580,7 +625,7 @@ HOST_RULES = (
     ),
     Rule(
         "oom_killed",
-        r"Out of memory: Killed process|oom-kill|exit code: -9|exitcode: -9|Failed core proc\(s\): "
+        r"Out of memory: Killed process|oom-kill|[Ee]xit ?code: -9|Failed core proc\(s\): "
         r"\{[^}]*: -9\b|was killed by SIGKILL|died unexpectedly.*-9",
         "a process was killed with SIGKILL; most often the kernel's OOM killer, because host "
         "memory ran out (P2pNcclConnector alone pins 32 GB a rank)",
@@ -609,4 +654,18 @@ RULES: tuple[Rule, ...] = (
     *GPU_RULES,
     *MODEL_RULES,
     *HOST_RULES,
+)
+
+# Looked for only where no rule above and no other exception is found.
+LAST_RESORT: tuple[Rule, ...] = (
+    Rule(
+        "engine_vanished",
+        r"Engine core initialization failed|WorkerProc initialization failed"
+        r"|Received sigquit from a child process|scheduler (?:is dead|died)",
+        "the engine's process ended without a word in this log: it was killed (SIGKILL, most "
+        "often the kernel's OOM killer) or crashed in native code",
+        "see 'dmesg -T | grep -i -e oom -e segfault'; raise the memory limit, and start again "
+        "with PYTHONFAULTHANDLER=1",
+        symptom=True,
+    ),
 )

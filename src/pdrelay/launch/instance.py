@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import signal
 import socket
 import time
@@ -16,6 +17,7 @@ from pdrelay.launch.driver import Control, Driver, ProcessSpec
 from pdrelay.launch.process import EngineProcess
 from pdrelay.launch.topology import InstanceSpec
 
+_EXCEPTION = re.compile(r"\w*(?:Error|Exception): ")
 _CLOSE_GRACE_S = 1.0  # between a control socket's end and the exit of its rank, either way round
 
 
@@ -134,8 +136,8 @@ class Instance:
 
     @property
     def explained(self) -> bool:
-        """Whether the rank itself gave cause and fix."""
-        return bool(self._fatal)
+        """Whether the rank itself gave cause and fix, and not only an exception's name."""
+        return bool(self._fatal) and _EXCEPTION.match(self._fatal) is None
 
     @property
     def _all_exited(self) -> bool:
@@ -185,6 +187,6 @@ class Instance:
 def launch_error(instance: Instance) -> LaunchError:
     """Why `instance`, which has ended, never became ready, and the fix where its log shows one."""
     said = [line for rank in instance.ranks for line in rank.log.tail]
-    findings = diagnose("\n".join([*said, instance.reason]), "native")
+    findings = diagnose("\n".join([*said, instance.reason]))
     known = f"; {findings[0]}" if findings and not instance.explained else ""
     return LaunchError(f"worker {instance.instance} did not start: {instance.reason}{known}")
