@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from triton_harness import EPS, equal_but_for_rounding, randn, relative_error
+from triton_harness import EPS, ON_GPU, equal_but_for_rounding, randn, relative_error
 
 from pdrelay.engine.kernels.triton.linear_small import (
     LinearTuning,
@@ -69,12 +69,15 @@ def test_norm_prologue(num_rows, tuning, width, in_features, with_x):
     total, h = normed(x, residual, norm_weight)
     product = h @ weight.double().T
 
+    # The interpreter cuts bits off: the errors of sum and norm all point the same way.
+    limit = 1e-2 if ON_GPU else 3e-2
+
     def check(call, wanted, *last):
         residual_out = torch.full_like(residual, torch.nan)
         actual = call(x, residual, norm_weight, EPS, weight, *last, residual_out, tuning=tuning)
         assert equal_but_for_rounding(residual_out, total)
         assert torch.equal(residual, before)
-        assert relative_error(actual, wanted) < 1e-2
+        assert relative_error(actual, wanted) < limit
 
     check(norm_linear, product + bias.double(), bias)
     gate, up = product.chunk(2, dim=-1)

@@ -5,7 +5,6 @@ Run as `python -m pdrelay.engine.worker` by the launcher, with the configuration
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import socket
@@ -20,6 +19,7 @@ import torch
 from pdrelay.core.block_manager import BlockManager
 from pdrelay.core.channel import Channel
 from pdrelay.core.clock import monotonic_ns
+from pdrelay.core.heap import settle_heap
 from pdrelay.core.kv_layout import KVLayout
 from pdrelay.core.messages import Fatal, Ready, Role, ToWorker
 from pdrelay.core.rank_config import RankConfig, read_rank_config
@@ -143,7 +143,7 @@ def follow(config: RankConfig) -> None:
     assert rank.cuda is None, "tensor parallelism on CUDA is refused by the launcher"
     communicator.barrier()
     follower = Follower(_rendezvous_path(config, "tp"))
-    _settle()
+    settle_heap()
     with torch.inference_mode():
         while (batch := follower.next_batch()) is not None:
             forward(rank.model, rank.kv_pool, batch, None)
@@ -218,7 +218,7 @@ def lead(config: RankConfig, control: Channel[ToWorker]) -> None:
         prefix_writer=prefix_writer,
         remote_of=getattr(producer, "remote_store", None),
     )
-    _settle()
+    settle_heap()
     print(f"start-up: {rank.startup}", flush=True)
     control.send(_ready(rank))
     try:
@@ -287,12 +287,6 @@ def _ready(rank: Rank) -> Ready:
 def _open_device(config: RankConfig) -> None:
     if config.device != "cpu":
         open_device(config.device)
-
-
-def _settle() -> None:
-    """Everything alive now stays: keep the collector from walking it in the middle of a step."""
-    gc.collect()
-    gc.freeze()
 
 
 def main() -> int:

@@ -258,6 +258,8 @@ class Flow:
                 metrics.prompt_tokens.inc(len(flight.request.prompt_token_ids))
             else:
                 metrics.inter_token_latency.observe((now_ns - flight.last_token_ns) / 1e9)
+                if output.num_cached_tokens is not None:  # some engines tell it at the end
+                    record.num_cached_tokens = output.num_cached_tokens
             for i in range(num_new):
                 kind = EventKind.FIRST_TOKEN if first and i == 0 else EventKind.TOKEN
                 record.events.append(Event(kind, t_ns, instance))

@@ -1,20 +1,43 @@
-"""The RankConfig of every rank of an incarnation."""
+"""The embedded engine as a driver: one process a rank, told its RankConfig on standard input."""
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pdrelay.core.messages import Role
-from pdrelay.core.rank_config import RankConfig
+from pdrelay.core.rank_config import RankConfig, encode_rank_config
 from pdrelay.launch.config import ServeConfig
+from pdrelay.launch.driver import Launch, ProcessSpec, last_line
 from pdrelay.launch.resolve import ResolvedConfig
 from pdrelay.launch.run_dir import RunDir
 from pdrelay.launch.topology import InstanceSpec
 
+WORKER_COMMAND = (sys.executable, "-m", "pdrelay.engine.worker")
+_THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+)
+
+
+def rank_environment(base: Mapping[str, str], num_threads: int) -> dict[str, str]:
+    """`base` with every library's thread count set, and unbuffered output."""
+    env = dict(base)
+    env.update(dict.fromkeys(_THREAD_VARIABLES, str(num_threads)))
+    env["PYTHONUNBUFFERED"] = "1"
+    env["TOKENIZERS_PARALLELISM"] = "false"
+    return env
+
 
 @dataclass(frozen=True)
 class RankPlan:
-    """Callable as the supervisor's rank factory."""
+    """The RankConfig of every rank of an incarnation."""
 
     config: ServeConfig
     resolved: ResolvedConfig
@@ -71,3 +94,32 @@ class RankPlan:
             return self.resolved.device
         index = (spec.index * spec.world_size + rank) % self.resolved.num_gpus
         return f"{self.resolved.device}:{index}"
+
+
+@dataclass(frozen=True)
+class NativeDriver:
+    """Rank 0 has the other end of a socket pair; `Drain` on it ends the instance."""
+
+    plan: RankPlan
+    command: Sequence[str] = WORKER_COMMAND
+    drain_signal: signal.Signals | None = None
+
+    def launch(self, spec: InstanceSpec, incarnation: int) -> Launch:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        ours.setblocking(False)
+        ranks = self.plan(spec, incarnation, theirs.fileno())
+        return Launch(tuple(self._process(rank) for rank in ranks), ours, (theirs,))
+
+    def _process(self, config: RankConfig) -> ProcessSpec:
+        name = f"{config.instance}.{config.rank}"
+        return ProcessSpec(
+            label=f"rank {config.rank}",
+            prefix=f"[{name}] ",
+            command=(*self.command, name),  # an argument only to be seen by ps
+            env=rank_environment(os.environ, config.num_threads),
+            stdin=encode_rank_config(config),
+            pass_fds=tuple(fd for fd in (config.control_fd, config.pool_fd) if fd >= 0),
+        )
+
+    def explain(self, lines: Sequence[str]) -> str:
+        return last_line(lines)
