@@ -43,6 +43,7 @@ from pdrelay.model.config import ModelConfig, kv_layout, load_model_config
 GREEDY = SamplingParams(max_tokens=1 << 20, seed=0, temperature=0.0, ignore_eos=True)
 BATCHES = (1, 8, 32, 64, 128)
 CONTEXTS = (512, 2048, 8192)
+CHUNKS = ((2048, 6144), (256, 2048))  # (length, context)
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
 
 
@@ -87,7 +88,7 @@ class Bench:
             self.synchronize()
         self.model = model
         with self.startup.phase("memory profile"):
-            prepare_backend(model, limits, config.num_heads, config.head_dim)
+            prepare_backend(model, config, limits)
             num_blocks = self._num_blocks(options)
         name = str(dtype).removeprefix("torch.")
         self.layout = kv_layout(config, 64, num_blocks, name)
@@ -317,7 +318,7 @@ def print_prefill(bench: Bench, gemm_rate: float, repeats: int) -> None:
     print("\nprefill    device ms    wall ms  launch ms   floor ms   wall/floor")
     most = min(bench.limits.max_num_batched_tokens, bench.layout.num_blocks * 64)
     cases = [(length, 0) for length in LENGTHS if length <= most]
-    cases += [(length, ctx) for length, ctx in ((256, 2048), (2048, 6144)) if length + ctx <= most]
+    cases += [(length, context) for length, context in CHUNKS if length + context <= most]
     for length, context in cases:
         # Causal: a chunk of T behind C tokens multiplies T * C + T * T / 2 pairs, twice (QK, PV).
         pairs = length * context + length * length / 2
@@ -329,6 +330,36 @@ def print_prefill(bench: Bench, gemm_rate: float, repeats: int) -> None:
             f"{label:<10} {device:>9.3f} {wall:>10.3f} {launch:>10.3f} {floor:>10.3f}"
             f" {wall / floor:>10.2f}"
         )
+
+
+def print_variants(bench: Bench, repeats: int) -> None:
+    """Small batches with and without own linear kernels and programmatic dependent launch."""
+    backend = bench.model.backend
+    ops, kernels = backend.ops, backend.kernels
+    kept = ops.small_rows, kernels.pdl
+    print("\nvariants (context 512)    B=1 ms     B=4 ms     B=8 ms")
+    for small_rows in (0, 1, 8):
+        for pdl in (False, True):
+            ops.small_rows, kernels.pdl = small_rows, pdl
+            bench.executor.capture_graphs((1, 4, 8))
+            times = []
+            for batch in (1, 4, 8):
+                plan = bench.decode_plan(batch, 512)
+                times.append(bench.decode(plan, repeats)[0] if plan else float("nan"))
+            label = f"linear_small <= {small_rows}, pdl {'on' if pdl else 'off'}"
+            print(f"{label:<24}", *(f"{ms:>10.3f}" for ms in times))
+    ops.small_rows, kernels.pdl = kept
+    bench.executor.capture_graphs((1, 4, 8))
+    print("\nchunks behind a prefix   2,048+6,144   256+2,048   (wall ms)")
+    if bench.limits.max_num_batched_tokens < 8192:
+        return
+    kept_gathers = kernels.gathers_chunks
+    for gathers in (True, False):
+        kernels.gathers_chunks = gathers
+        walls = [bench.prefill(bench.prefill_plan(*case), 3)[1] for case in CHUNKS]
+        label = "FlashAttention, gathered" if gathers else "own kernel, in place"
+        print(f"{label:<24}", *(f"{ms:>10.3f}" for ms in walls))
+    kernels.gathers_chunks = kept_gathers
 
 
 def print_profile(bench: Bench) -> None:
@@ -375,6 +406,8 @@ def main() -> None:
     print_decode(bench, read_rate, options.repeats)
     print_prefill(bench, gemm_rate, max(3, options.repeats // 4))
     print(f"\ncompiled after warm-up: {bench.compiled or 'nothing'}")
+    if bench.on_gpu:
+        print_variants(bench, options.repeats)
     if options.profile:
         print_profile(bench)
     bench.accelerator.close()

@@ -58,7 +58,7 @@ def engine(config):
     model = build_model(
         "small", config, load_format="dummy", seed=1, dtype=torch.bfloat16, device=CUDA
     )
-    prepare_backend(model, LIMITS, config.num_heads, config.head_dim)
+    prepare_backend(model, config, LIMITS)
     layout = kv_layout(config, BLOCK_SIZE, NUM_BLOCKS, "bfloat16")
     pool = torch.zeros(layout.shape, dtype=torch.bfloat16, device=CUDA)
     built = build_engine(model, pool, LIMITS, StartupClock(monotonic_ns))

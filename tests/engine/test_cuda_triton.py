@@ -36,23 +36,23 @@ SHAPE = {
 }
 
 
-def serve(kernels):
-    """Tokens of three prompts, 4 each, through one fresh prefill and a graph bucket of 4."""
+def serve(kernels, num_requests, small_rows):
+    """Tokens of prompts prefilled together, 4 each."""
     config = parse_model_config(SHAPE, "small")
     shape = AttentionShape(config.num_heads, config.num_kv_heads, config.head_dim)
     cpu = torch.device("cpu")
     backend = cuda_backend(shape, torch.float32, cpu, kernels)
+    backend.ops.small_rows = small_rows
     model = build_model("small", config, load_format="dummy", seed=3, backend=backend)
     backend.qkv_buffer.reserve(64)
-    if isinstance(kernels, TritonKernels):
-        kernels.reserve_decode(4, shape.num_heads, shape.head_dim)
+    kernels.reserve(4, shape.num_heads, shape.head_dim, config.vocab_size)
     limits = StepLimits(4, 64, 128, 16)
     pool = torch.zeros(kv_layout(config, 16, 16, "float32").shape)
     executor = StepExecutor(model, pool, HostAccelerator(), limits)
     executor.capture_graphs()
     runner = CudaRunner(executor, HostAccelerator(), limits)
     scheduler = Scheduler(SchedulerConfig(4, 64, 16), BlockManager(16))
-    for i in range(3):
+    for i in range(num_requests):
         source = EngineRequest(
             request_id=f"r{i}",
             prompt_token_ids=list(range(i, 20 + i)),
@@ -69,5 +69,7 @@ def serve(kernels):
 
 
 @pytest.mark.skipif(ON_GPU, reason="runs in the interpreter; tests/engine/test_cuda_gpu.py on GPUs")
-def test_triton_kernels_give_torchs_tokens():
-    assert serve(TritonKernels(DEVICE)) == serve(TorchKernels())
+@pytest.mark.parametrize(("num_requests", "small_rows"), [(1, 1), (3, 1), (3, 8)])
+def test_triton_kernels_give_torchs_tokens(num_requests, small_rows):
+    wanted = serve(TorchKernels(), num_requests, 0)
+    assert serve(TritonKernels(DEVICE), num_requests, small_rows) == wanted

@@ -14,7 +14,6 @@ from pdrelay.engine.communicator import Communicator
 from pdrelay.engine.cuda_runner import CudaRunner
 from pdrelay.engine.decode_buckets import decode_buckets
 from pdrelay.engine.device_memory import check_capacity, measure, num_kv_blocks
-from pdrelay.engine.kernels.gpu import TritonKernels
 from pdrelay.engine.models.registry import CausalLM
 from pdrelay.engine.startup_clock import StartupClock
 from pdrelay.engine.step_executor import StepExecutor, StepLimits
@@ -47,15 +46,18 @@ def step_limits(config: RankConfig) -> StepLimits:
     )
 
 
-def prepare_backend(model: CausalLM, limits: StepLimits, num_heads: int, head_dim: int) -> None:
+def prepare_backend(
+    model: CausalLM, config: ModelConfig, limits: StepLimits, world_size: int = 1
+) -> None:
     """Give the model's shared buffers their final size: CUDA graphs will keep their addresses."""
     backend = model.backend
-    assert backend.qkv_buffer is not None
+    assert backend.qkv_buffer is not None and backend.kernels is not None
     # One step of padding behind the longest batch, which the last prompt's attention may read.
     num_rows = max(limits.max_num_batched_tokens, limits.max_num_seqs)
     backend.qkv_buffer.reserve(num_rows + CUDNN_STEP)
-    if isinstance(backend.kernels, TritonKernels):
-        backend.kernels.reserve_decode(limits.max_num_seqs, num_heads, head_dim)
+    backend.kernels.reserve(
+        limits.max_num_seqs, config.num_heads // world_size, config.head_dim, config.vocab_size
+    )
 
 
 def size_pool(

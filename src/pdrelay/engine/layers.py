@@ -45,6 +45,26 @@ class Ops(Protocol):
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """[T, 2 * I] -> silu(first half) * second half, [T, I]."""
 
+    def norm_linear(
+        self,
+        x: torch.Tensor | None,
+        residual: torch.Tensor,
+        norm_weight: torch.Tensor,
+        eps: float,
+        linear: Linear,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`linear` of `add_rms_norm`, and residual + x, which may be `residual` itself."""
+
+    def norm_gate_up(
+        self,
+        x: torch.Tensor | None,
+        residual: torch.Tensor,
+        norm_weight: torch.Tensor,
+        eps: float,
+        gate_up: Linear,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`silu_mul` of `norm_linear`, and residual + x."""
+
     def rope_write_kv(
         self,
         qkv: torch.Tensor,
@@ -64,7 +84,31 @@ class Ops(Protocol):
         """
 
 
-class TorchOps:
+class _Unfused:
+    """Norm, projection and activation one after the other."""
+
+    def norm_linear(
+        self: Ops,
+        x: torch.Tensor | None,
+        residual: torch.Tensor,
+        norm_weight: torch.Tensor,
+        eps: float,
+        linear: Linear,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return linear(self.add_rms_norm(x, residual, norm_weight, eps)), residual
+
+    def norm_gate_up(
+        self: Ops,
+        x: torch.Tensor | None,
+        residual: torch.Tensor,
+        norm_weight: torch.Tensor,
+        eps: float,
+        gate_up: Linear,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.silu_mul(gate_up(self.add_rms_norm(x, residual, norm_weight, eps))), residual
+
+
+class TorchOps(_Unfused):
     """Any dtype, any device."""
 
     def linear(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
@@ -106,7 +150,7 @@ class TorchOps:
         return rotate(q, table).flatten(1)
 
 
-class KernelOps:
+class KernelOps(_Unfused):
     """float32 on CPU. A row's result has the same bits in any batch (see cpu.c)."""
 
     def __init__(self, kernels: Kernels) -> None:

@@ -12,7 +12,7 @@ spread on the device into static ones as wide as the longest request may need.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -96,9 +96,9 @@ class StepExecutor:
         return bucket if bucket in self._graphs else None
 
     @torch.inference_mode()
-    def capture_graphs(self) -> None:
-        """Largest first, so that the smaller ones fit into its memory."""
-        for bucket in reversed(self.buckets):
+    def capture_graphs(self, buckets: Sequence[int] | None = None) -> None:
+        """Of all buckets unless named. Largest first: the smaller ones fit into its memory."""
+        for bucket in sorted(self.buckets if buckets is None else buckets, reverse=True):
             self._load_padding(bucket)
             logits = self._decode(bucket)  # compiles, allocates, picks algorithms
             self._accelerator.synchronize()

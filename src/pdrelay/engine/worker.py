@@ -110,9 +110,8 @@ def _on_cuda(
     startup: StartupClock,
 ) -> Rank:
     limits = step_limits(config)
-    num_heads = model_config.num_heads // config.world_size
     with startup.phase("memory profile"):
-        prepare_backend(model, limits, num_heads, model_config.head_dim)
+        prepare_backend(model, model_config, limits, config.world_size)
         one_block = _layout(config, model_config, 1)
         num_blocks = size_pool(config, model_config, model, communicator, one_block)
     layout = _layout(config, model_config, num_blocks)

@@ -17,6 +17,11 @@ from pdrelay.engine.layers import HeadNorms, rms_norm, rotate
 class GpuKernels(Protocol):
     """Launches on the current stream, never synchronises, and can be captured in a CUDA graph."""
 
+    max_small_rows: int  # of the `small_` operations
+
+    def reserve(self, max_batch: int, num_heads: int, head_dim: int, vocab_size: int) -> None:
+        """Make the workspaces of the largest batch: before graphs are captured, which keep them."""
+
     def add_rms_norm(
         self, x: torch.Tensor | None, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> torch.Tensor:
@@ -24,6 +29,37 @@ class GpuKernels(Protocol):
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """As `Ops.silu_mul`, into a new tensor."""
+
+    def small_linear(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        out: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """[M, K] @ [N, K].T + [N] for a few rows, at most `max_small_rows`."""
+
+    def small_norm_linear(
+        self,
+        x: torch.Tensor | None,
+        residual: torch.Tensor,
+        norm_weight: torch.Tensor,
+        eps: float,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        out: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(small_linear of RMSNorm(residual + x), residual + x), both new or `out`."""
+
+    def small_norm_gate_up(
+        self,
+        x: torch.Tensor | None,
+        residual: torch.Tensor,
+        norm_weight: torch.Tensor,
+        eps: float,
+        weight: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(silu(gate) * up of `weight` [2 * I, K], residual + x), both new."""
 
     def rope_write_kv(
         self,
@@ -72,6 +108,47 @@ class GpuKernels(Protocol):
 
 class TorchKernels:
     """Any device, any dtype."""
+
+    max_small_rows = 8
+
+    def reserve(self, max_batch: int, num_heads: int, head_dim: int, vocab_size: int) -> None:
+        pass
+
+    def small_linear(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        out: torch.Tensor | None,
+    ) -> torch.Tensor:
+        result = functional.linear(x, weight, bias)
+        return result if out is None else out.copy_(result)
+
+    def small_norm_linear(
+        self,
+        x: torch.Tensor | None,
+        residual: torch.Tensor,
+        norm_weight: torch.Tensor,
+        eps: float,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        out: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        residual = residual.clone()
+        h = self.add_rms_norm(x, residual, norm_weight, eps)
+        return self.small_linear(h, weight, bias, out), residual
+
+    def small_norm_gate_up(
+        self,
+        x: torch.Tensor | None,
+        residual: torch.Tensor,
+        norm_weight: torch.Tensor,
+        eps: float,
+        weight: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        residual = residual.clone()
+        h = self.add_rms_norm(x, residual, norm_weight, eps)
+        return self.silu_mul(functional.linear(h, weight)), residual
 
     def add_rms_norm(
         self, x: torch.Tensor | None, residual: torch.Tensor, weight: torch.Tensor, eps: float
@@ -190,26 +267,89 @@ def gathered_prefill(
 
 
 class TritonKernels:
-    """The kernels of `pdrelay.engine.kernels.triton` on one device and one stream."""
+    """The kernels of `pdrelay.engine.kernels.triton` on one device and one stream.
 
-    def __init__(self, device: torch.device, *, pdl: bool = True) -> None:
-        from pdrelay.engine.kernels.triton import activation, attention_decode, norm, rope
+    `pdl`: programmatic dependent launch. `gathers_chunks`: chunks behind a prefix by
+    FlashAttention-2 over gathered pages instead of the kernel that reads them in place.
+    """
+
+    def __init__(
+        self, device: torch.device, *, pdl: bool = True, gathers_chunks: bool = True
+    ) -> None:
+        from pdrelay.engine.kernels.triton import (
+            activation,
+            attention_decode,
+            attention_prefill,
+            linear_small,
+            norm,
+            rope,
+            sample,
+        )
         from pdrelay.engine.kernels.triton.launch import num_sms
 
+        self.pdl = pdl
+        self.gathers_chunks = gathers_chunks
+        self.max_small_rows: int = linear_small.MAX_ROWS
         self._device = device
-        self._pdl = pdl
         self._num_sms = num_sms(device)
         self._norm, self._activation, self._rope = norm, activation, rope
-        self._decode = attention_decode
+        self._decode, self._prefill = attention_decode, attention_prefill
+        self._linear, self._sample = linear_small, sample
+        self._max_batch = 0
         self._workspace: attention_decode.DecodeWorkspace | None = None
+        self._argmax_workspace: sample.ArgmaxWorkspace | None = None
+
+    def reserve(self, max_batch: int, num_heads: int, head_dim: int, vocab_size: int) -> None:
+        self._max_batch = max_batch
+        self._workspace = self._decode.DecodeWorkspace(max_batch, num_heads, head_dim, self._device)
+        self._argmax_workspace = self._sample.ArgmaxWorkspace(max_batch, vocab_size, self._device)
+
+    def small_linear(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        out: torch.Tensor | None,
+    ) -> torch.Tensor:
+        return self._linear.linear_small(x, weight, bias, out, pdl=self.pdl)
+
+    def small_norm_linear(
+        self,
+        x: torch.Tensor | None,
+        residual: torch.Tensor,
+        norm_weight: torch.Tensor,
+        eps: float,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        out: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        total = torch.empty_like(residual)
+        result = self._linear.norm_linear(
+            x, residual, norm_weight, eps, weight, bias, total, out, pdl=self.pdl
+        )
+        return result, total
+
+    def small_norm_gate_up(
+        self,
+        x: torch.Tensor | None,
+        residual: torch.Tensor,
+        norm_weight: torch.Tensor,
+        eps: float,
+        weight: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        total = torch.empty_like(residual)
+        result = self._linear.norm_gate_up_silu(
+            x, residual, norm_weight, eps, weight, total, pdl=self.pdl
+        )
+        return result, total
 
     def add_rms_norm(
         self, x: torch.Tensor | None, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> torch.Tensor:
-        return self._norm.add_rms_norm(x, residual, weight, eps, pdl=self._pdl)
+        return self._norm.add_rms_norm(x, residual, weight, eps, pdl=self.pdl)
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        return self._activation.silu_mul(gate_up, pdl=self._pdl)
+        return self._activation.silu_mul(gate_up, pdl=self.pdl)
 
     def rope_write_kv(
         self,
@@ -235,12 +375,8 @@ class TritonKernels:
             remote_layer,
             remote_slots,
             keep_keys=keep_keys,
-            pdl=self._pdl,
+            pdl=self.pdl,
         )
-
-    def reserve_decode(self, max_batch: int, num_heads: int, head_dim: int) -> None:
-        """The workspace of `paged_decode`: call it before graphs are captured, which keep it."""
-        self._workspace = self._decode.DecodeWorkspace(max_batch, num_heads, head_dim, self._device)
 
     def paged_decode(
         self,
@@ -261,7 +397,7 @@ class TritonKernels:
             out,
             self._workspace,
             num_splits,
-            pdl=self._pdl,
+            pdl=self.pdl,
         )
 
     def paged_prefill(
@@ -273,10 +409,12 @@ class TritonKernels:
         scale: float,
         out: torch.Tensor,
     ) -> None:
-        gathered_prefill(q, kv_layer, block_table, context_len, scale, out)
+        chunk = gathered_prefill if self.gathers_chunks else self._prefill.paged_prefill
+        chunk(q, kv_layer, block_table, context_len, scale, out)
 
     def argmax_rows(self, logits: torch.Tensor, out: torch.Tensor) -> None:
-        torch.argmax(logits, dim=-1, out=out)
+        workspace = self._argmax_workspace if logits.shape[0] <= self._max_batch else None
+        self._sample.argmax_rows(logits, out, workspace, pdl=self.pdl)
 
     def num_splits(self, batch: int, num_kv_heads: int, max_seq_len: int) -> int:
         return self._decode.split_rule(batch, num_kv_heads, max_seq_len, self._num_sms)

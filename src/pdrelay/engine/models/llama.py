@@ -74,9 +74,9 @@ class LlamaForCausalLM:
         residual = self._embed(token_ids)
         x: torch.Tensor | None = None
         for i, (layer, kv) in enumerate(zip(self._layers, context.kv_pool.unbind(0), strict=True)):
-            h = ops.add_rms_norm(x, residual, layer.input_norm, eps)
+            qkv, residual = ops.norm_linear(x, residual, layer.input_norm, eps, layer.qkv)
             q = ops.rope_write_kv(
-                layer.qkv(h),
+                qkv,
                 positions,
                 slots,
                 self._rope_table,
@@ -88,8 +88,10 @@ class LlamaForCausalLM:
             if after_layer is not None:
                 after_layer(i)
             x = all_reduce_(layer.o(self._attention(q, kv, context)))
-            h = ops.add_rms_norm(x, residual, layer.post_attention_norm, eps)
-            x = all_reduce_(layer.down(ops.silu_mul(layer.gate_up(h))))
+            h, residual = ops.norm_gate_up(
+                x, residual, layer.post_attention_norm, eps, layer.gate_up
+            )
+            x = all_reduce_(layer.down(h))
         assert x is not None
         return residual.add_(x)
 
@@ -100,9 +102,11 @@ class LlamaForCausalLM:
 
     @torch.inference_mode()
     def raw_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        hidden = hidden.contiguous()
-        h = self._ops.add_rms_norm(None, hidden, self._final_norm, self._config.rms_norm_eps)
-        shards = self._communicator.all_gather_last_dim(self._lm_head(h))
+        eps = self._config.rms_norm_eps
+        shard, _ = self._ops.norm_linear(
+            None, hidden.contiguous(), self._final_norm, eps, self._lm_head
+        )
+        shards = self._communicator.all_gather_last_dim(shard)
         return shards[:, : self._config.vocab_size]
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
