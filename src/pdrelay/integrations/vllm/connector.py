@@ -39,7 +39,9 @@ from pdrelay.integrations.vllm.params import (
 from pdrelay.integrations.vllm.producer import Producer
 from pdrelay.integrations.vllm.registered import create_pages, describe
 from pdrelay.integrations.vllm.service import ProducerService
+from pdrelay.integrations.vllm.stats import add_stats
 from pdrelay.integrations.vllm.step import StepPlan
+from pdrelay.integrations.vllm.vllm_stats import PdrelayPromMetrics, PdrelayStats
 
 logger = init_logger(f"vllm.{__name__}")  # below vLLM's logger, so that its handlers print it
 
@@ -152,6 +154,24 @@ class PdrelayConnector(KVConnectorBase_V1):
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._rank.take_failed_blocks()
+
+    def get_kv_connector_stats(self) -> PdrelayStats | None:
+        taken = self._worker.take_stats() if self._worker is not None else {}
+        return PdrelayStats(data=taken) if taken else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> PdrelayStats:
+        return PdrelayStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: Any,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[Any]],
+    ) -> PdrelayPromMetrics:
+        return PdrelayPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def shutdown(self) -> None:
         if self._worker is not None:
@@ -336,6 +356,11 @@ class WorkerHalf:
 
     def take_failed_blocks(self) -> set[int]:
         return self._consumer.take_failed_blocks() if self._consumer is not None else set()
+
+    def take_stats(self) -> dict[str, int]:
+        sent = self._producer.take_stats() if self._producer is not None else {}
+        received = self._consumer.stats.take() if self._consumer is not None else {}
+        return add_stats(sent, received)
 
     def close(self) -> None:
         if self._producer is not None:
