@@ -59,6 +59,9 @@ class ProducerService:
             return self._producer.stats.take()
 
     def close(self) -> None:
+        """Idempotent."""
+        if self._closed:
+            return
         self._closed = True
         self._wake()
         self._thread.join(_JOIN_S)
