@@ -11,6 +11,7 @@ from pdrelay.integrations.vllm.step import Interest, StepPlan, prompt_digest
 
 TOKENS = list(range(10))
 PROMPT = Prompt(TOKENS)
+TO_D = RemoteDecode("T")
 FROM_P = RemotePrefill("T", "/p.sock")
 HERE = Interest("T", "/p.sock")
 
@@ -30,7 +31,7 @@ def preempted():
 @pytest.fixture
 def p_book(preempted):
     book = ProducerBook()
-    book.admit("r", RemoteDecode("T"), PROMPT, preempted)
+    book.admit("r", TO_D, PROMPT, preempted)
     return book
 
 
@@ -64,14 +65,13 @@ def test_chunks_grow_block_by_block(p_book):
 
 def test_requests_of_others_are_not_handed_over(p_book):
     p_book.scheduled("q", [1], anew=True, num_computed=4)
-    assert p_book.finished("q", delivers=True) is None
     assert p_book.take() == StepPlan()
 
 
 def test_finished_is_held_until_freed(p_book):
     p_book.scheduled("r", [1, 2, 3], anew=True, num_computed=10)
     p_book.take()
-    assert p_book.finished("r", delivers=True) == "T"
+    assert p_book.finished("r", TO_D, delivers=True)
     assert p_book.num_held == 1
     assert p_book.take().held == ["r"]
     p_book.freed("r")
@@ -84,9 +84,15 @@ def test_aborted_or_incomplete_is_dropped(p_book, computed, delivers):
     if computed:
         p_book.scheduled("r", [1, 2, 3], anew=True, num_computed=computed)
         p_book.take()
-    assert p_book.finished("r", delivers=delivers) is None
+    assert not p_book.finished("r", TO_D, delivers=delivers)
     assert list(p_book.take().dropped) == ["r"]
     assert p_book.num_held == 0
+
+
+def test_aborted_before_its_prefill_is_refused():
+    book = ProducerBook()
+    assert not book.finished("r", TO_D, delivers=False)
+    assert list(book.take().refused) == ["T"]
 
 
 def test_preemption_is_told_at_once_and_once(p_book, preempted):

@@ -33,7 +33,7 @@ pytestmark = [
 
 BLOCK, CHUNK = 32, 256
 ENGINE_ARGS = ("--block-size", str(BLOCK), "--max-num-batched-tokens", str(CHUNK))
-LONG = 12_000  # tokens whose prefill takes seconds: room to abort and kill in the middle
+LONG = 6_000  # tokens whose prefill takes seconds: room to abort and kill in the middle
 LEASE_S = 3.0
 WAIT_S = 120.0
 
@@ -233,6 +233,22 @@ async def test_producers_client_leaves_in_mid_prefill(pd, session):
     with pytest.raises(Refused):
         await at_d
     await both_serve_and_are_idle(session, p, d, 85)
+
+
+async def test_producers_client_leaves_before_the_prefill(pd, session):
+    p, d = pd
+    busy = started(session, p, prompt_of(184, LONG), None, 1)
+    await p.until_running(session)
+    transfer_id, prompt = uuid.uuid4().hex, prompt_of(185, 500)
+    at_p = started(session, p, prompt, to_producer(transfer_id), 1)
+    at_d = started(session, d, prompt, to_consumer(transfer_id, p.address))
+    await p.until(session, lambda m: m["vllm:num_requests_waiting"] >= 1, "queueing")
+    await until_waiting(session, d)
+    await leave(at_p)
+    with pytest.raises(Refused):
+        await at_d
+    await busy
+    await both_serve_and_are_idle(session, p, d, 186)
 
 
 async def test_client_leaves_between_prefill_and_decode(pd, session):

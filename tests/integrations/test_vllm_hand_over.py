@@ -244,6 +244,21 @@ def test_abort_at_the_producer_before_the_announcement(kit):
     assert ended(kit) == ({"r"}, set(D_BLOCKS))
 
 
+@pytest.mark.parametrize("announced_first", [True, False])
+def test_abort_at_the_producer_before_its_prefill(kit, announced_first):
+    refused = StepPlan(refused={"T-r": "aborted before its prefill"})
+    if announced_first:
+        kit.load("r", PROMPT, D_BLOCKS)
+        kit.pump()
+        kit.producer.begin_step(refused)
+    else:
+        kit.producer.begin_step(refused)
+        kit.load("r", PROMPT, D_BLOCKS)
+    kit.pump()
+    assert ended(kit) == ({"r"}, set(D_BLOCKS))
+    assert kit.producer.next_deadline_ns() is None
+
+
 def test_preempted_producer_sends_what_it_computes_again(kit):
     kit.load("r", PROMPT, D_BLOCKS)
     kit.pump()

@@ -247,14 +247,16 @@ class SchedulerHalf:
 
     def finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         request_id = request.request_id
+        params = self._params(request)
         self._parsed.pop(request_id, None)
         self.consumer.finished(request_id)
+        if not isinstance(params, RemoteDecode):
+            return False, None
         whole = len(block_ids) * self._block_size >= request.num_prompt_tokens
         delivers = request.status.name in _DELIVERED and whole
-        transfer_id = self.producer.finished(request_id, delivers=delivers)
-        if transfer_id is None:
+        if not self.producer.finished(request_id, params, delivers=delivers):
             return False, None
-        return True, reply_params(transfer_id, self._address)
+        return True, reply_params(params.transfer_id, self._address)
 
     def _params(self, request: Any) -> RemoteDecode | RemotePrefill | None:
         """Parsed once a request. What is not valid, or not for this role, asks for nothing: the

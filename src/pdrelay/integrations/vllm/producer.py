@@ -128,6 +128,8 @@ class Producer:
             outgoing = self._by_request.pop(request_id, None)
             if outgoing is not None:
                 self._give_up(outgoing, reason)
+        for transfer_id, reason in plan.refused.items():
+            self._refuse(transfer_id, reason)
         for request_id in plan.held:
             self._hold(request_id)
         for chunk in plan.chunks:
@@ -267,6 +269,15 @@ class Producer:
             self._free(outgoing)
         elif outgoing.verdict is None and not outgoing.hand_over.all_ready:
             self._give_up(outgoing, "the producer preempted it after its prefill")
+
+    def _refuse(self, transfer_id: str, reason: str) -> None:
+        """There will be no prefill of this transfer."""
+        if transfer_id in self._by_transfer or transfer_id in self._ended:
+            return
+        self._remember(transfer_id, reason)
+        for link in self._links:
+            if link.early.pop(transfer_id, None) is not None:
+                link.channel.send(Failed(transfer_id, reason))
 
     def _free(self, outgoing: Outgoing) -> None:
         """Its blocks are not needed any more."""
