@@ -6,20 +6,21 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import msgspec
 import pytest
+from fd_messages import recv_with_fds, send_with_fds
 from transport_kit import Kit, Transfer, make_keys, open_fds
 
 from pdrelay.errors import PdrelayError, TransportError
 from pdrelay.transport.base import Arrived, Descriptor, Sent, TransferFailed
-from pdrelay.transport.fds import recv_with_fds, send_with_fds
 
 CONSUMER = """
 import socket, sys
 import msgspec
 from pdrelay.core.kv_layout import KVLayout
-from pdrelay.transport.fds import recv_with_fds, send_with_fds
+from fd_messages import recv_with_fds, send_with_fds
 from pdrelay.transport.pages import SharedPages
 from pdrelay.transport.registry import TransportOptions, create_transport
 name = sys.argv[2]
@@ -40,7 +41,7 @@ import socket, sys
 import msgspec
 from pdrelay.core.kv_layout import KVLayout
 from pdrelay.transport.base import Descriptor, Sent
-from pdrelay.transport.fds import recv_with_fds, send_with_fds
+from fd_messages import recv_with_fds, send_with_fds
 from pdrelay.transport.pages import SharedPages
 from pdrelay.transport.registry import TransportOptions, create_transport
 name = sys.argv[2]
@@ -66,6 +67,12 @@ peer.recv(1)
 """
 
 
+def helper_environment():
+    """For a process that imports from this directory, too."""
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    return {**os.environ, "PYTHONPATH": path}
+
+
 class Other:
     """The other process, and our end of the socket to it."""
 
@@ -76,6 +83,7 @@ class Other:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", script, str(theirs.fileno()), name],
                 pass_fds=[theirs.fileno()],
+                env=helper_environment(),
             )
         send_with_fds(self.peer, msgspec.msgpack.encode(layout))
 

@@ -8,16 +8,35 @@ import select
 import time
 
 import numpy as np
+import pytest
 
 from pdrelay.core.block_hash import tail_key
 from pdrelay.core.kv_layout import KVLayout
 from pdrelay.transport.base import Arrived, Descriptor, Sent, TransferFailed
 from pdrelay.transport.fake import FakeFabric
+from pdrelay.transport.host_device import HostDevice, HostFabric, HostPages
 from pdrelay.transport.pages import SharedPages
 from pdrelay.transport.pool import PoolHandle, create_pool
-from pdrelay.transport.registry import TransportOptions, create_transport
+from pdrelay.transport.registry import TRANSPORTS, TransportOptions, create_transport
 
 DEADLINE_S = 10.0
+DEVICE_TRANSPORTS = ("mapped", "tcp", "pool")
+
+
+def _has_cuda():
+    try:
+        import torch
+    except ImportError:
+        return False
+    return torch.cuda.is_available()
+
+
+no_gpu = pytest.mark.skipif(not _has_cuda(), reason="needs a CUDA GPU")
+ALL = (
+    *TRANSPORTS,
+    *(f"{name}@host" for name in DEVICE_TRANSPORTS),
+    *(pytest.param(f"{name}@cuda", marks=no_gpu) for name in DEVICE_TRANSPORTS),
+)
 CANARY = 0xA5
 
 
@@ -41,10 +60,15 @@ def make_keys(transfer_id, num_blocks, *, tail=False):
 
 
 class Kit:
-    """Makes instances, joins them, and takes everything down."""
+    """Makes instances, joins them, and takes everything down.
+
+    `name` is a transport, over pages of the host; `name@host`: over pages of a fake device;
+    `name@cuda`: over pages of a GPU.
+    """
 
     def __init__(self, name, *, timeout_s=DEADLINE_S, num_slots=256):
-        self.name = name
+        self.name, _, self.where = name.partition("@")
+        self.host_fabric = HostFabric()
         self.timeout_s = timeout_s
         self.fabric = FakeFabric()
         self.pool: PoolHandle | None = None
@@ -61,6 +85,16 @@ class Kit:
             pool_fd=self.pool.fd if self.pool else -1,
             instance_index=index,
         )
+
+    def pages(self, layout):
+        if self.where == "host":
+            return HostPages.create(layout, HostDevice(self.host_fabric))
+        if self.where == "cuda":
+            from cuda_kit import make_pages
+
+            return make_pages(layout, self.host_fabric)
+        assert not self.where
+        return SharedPages.create(layout)
 
     def side(self, name, layout=None, *, seed=None):
         """An instance: `seed` fills its pages at random, otherwise they are canaries."""
@@ -84,6 +118,7 @@ class Kit:
             side.close()
         if self.pool is not None:
             self.pool.close()
+        assert not self.host_fabric.opened, "a mapping of a peer's pages was not closed"
 
 
 class Side:
@@ -92,7 +127,7 @@ class Side:
         self.name = name
         self.layout = layout
         self.index = index
-        self.pages = SharedPages.create(layout)
+        self.pages = kit.pages(layout)
         if seed is None:
             self.pages.array[:] = CANARY
         else:

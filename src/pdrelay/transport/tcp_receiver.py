@@ -2,9 +2,9 @@
 
 The race that matters: the engine aborts a transfer, frees its blocks and gives them to another
 request while bytes of the old one are still arriving. So every write into pages happens inside one
-non-blocking receive under the transfer's lock, and `abort` takes that lock: once it returned, the
-thread finds the transfer closed and discards what is left of the frame. The lock is held for one
-copy from the socket buffer and never while waiting.
+non-blocking receive, or one copy to a device that is waited for, under the transfer's lock, and
+`abort` takes that lock: once it returned, the thread finds the transfer closed and discards what is
+left of the frame. The lock is held for one copy and never while waiting for the peer.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import hmac
 import selectors
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,15 +24,16 @@ from pdrelay.core.kv_layout import KVLayout
 from pdrelay.errors import ProtocolError, TransportError
 from pdrelay.transport.base import Arrived, TransferFailed
 from pdrelay.transport.copying import check_commit
+from pdrelay.transport.device import DevicePages
 from pdrelay.transport.meter import Meter
 from pdrelay.transport.news import NewsQueue
 from pdrelay.transport.pages import SharedPages
+from pdrelay.transport.staging import PageAccess, Part, page_access
 from pdrelay.transport.tcp_wire import (
     GREETING_BYTES,
     HEADER_BYTES,
     MAGIC,
     Header,
-    PageViews,
     Vector,
     decode_header,
     digest_of,
@@ -67,7 +68,7 @@ class Receiver:
 
     def __init__(
         self,
-        pages: SharedPages,
+        pages: SharedPages | DevicePages,
         host: str,
         token: bytes,
         news: NewsQueue[Arrived | TransferFailed],
@@ -77,7 +78,7 @@ class Receiver:
         clock: Clock,
     ) -> None:
         self.layout: KVLayout = pages.layout
-        self.views = PageViews(pages)
+        self.pages = pages
         self.scratch = memoryview(bytearray(_SCRATCH_BYTES))
         self.token = token
         self.clock = clock
@@ -182,7 +183,6 @@ class Receiver:
         self._thread.join()
         self._wake.close()
         self._woken.close()
-        self.views.close()
 
     # ---- the thread
 
@@ -202,7 +202,7 @@ class Receiver:
                     self._drop_stalled(selector)
             finally:
                 for connection in self._connections:
-                    connection.sock.close()
+                    connection.close()
 
     def _patience_s(self) -> float | None:
         """Until the next connection in the middle of something is late; idle ones never are."""
@@ -244,7 +244,7 @@ class Receiver:
         """Close the connection and fail what came over it and is not complete."""
         selector.unregister(connection.sock)
         self._connections.remove(connection)
-        connection.sock.close()
+        connection.close()
         with self._lock:
             mine = [i for i in self._incoming.values() if i.source is connection]
         for incoming in mine:
@@ -268,6 +268,9 @@ class Connection:
         self._incoming: Incoming | None = None  # where they go; None discards them
         self._left = 0  # bytes of the frame
         self._num_views = 0
+        self._access: PageAccess = page_access(receiver.pages)
+        self._parts: Iterator[Part] = iter(())
+        self._part: Part | None = None  # being filled
         self._at_start = True  # of a header
 
     def receive(self) -> bool:
@@ -331,9 +334,15 @@ class Connection:
             incoming.source = self
             incoming.claimed[header.layer, start:stop] = True
         self._incoming = incoming
-        views = self._receiver.views.of(header.layer, incoming.blocks[start:stop])
-        self._num_views = len(views)
-        self._target = Vector(views)
+        self._num_views = 0
+        self._parts = self._access.write(header.layer, incoming.blocks[start:stop])
+        self._next_part()
+
+    def _next_part(self) -> None:
+        self._part = next(self._parts, None)
+        if self._part is not None:
+            self._num_views += len(self._part.views)
+            self._target = Vector(self._part.views)
 
     def _receive_pages(self) -> int:
         incoming = self._incoming
@@ -361,7 +370,16 @@ class Connection:
         count = self.sock.recvmsg_into(self._target.head())[0]
         incoming.meter.add(start, self._receiver.clock(), count, 0)
         self._target.advance(count)
+        if self._target.done and self._part is not None:
+            self._part.finish()
+            self._next_part()
         return count
+
+    def close(self) -> None:
+        self.sock.close()
+        self._parts, self._part = iter(()), None
+        self._target = Vector([])
+        self._access.close()
 
     def _end_frame(self) -> None:
         header, incoming = self._header, self._incoming

@@ -17,15 +17,16 @@ from dataclasses import dataclass, field
 
 from pdrelay.core.clock import Clock
 from pdrelay.errors import TransportError
-from pdrelay.transport.base import Sent, TransferFailed
+from pdrelay.transport.base import HostLink, Sent, TransferFailed
 from pdrelay.transport.copying import check_blocks, check_layer, check_slots
+from pdrelay.transport.device import DevicePages, Event
 from pdrelay.transport.meter import Meter
 from pdrelay.transport.news import Bell, NewsQueue
 from pdrelay.transport.pages import SharedPages
+from pdrelay.transport.staging import PageAccess, page_access
 from pdrelay.transport.tcp_wire import (
     MAGIC,
     Header,
-    PageViews,
     TcpDescriptor,
     Vector,
     digest_of,
@@ -52,18 +53,19 @@ class _Piece:
     outgoing: Outgoing
     header: Header
     src_blocks: list[int]
+    after: Event | None  # the pages are written; None on the host, where they are
 
 
 class _LinkClosed(Exception):
     """Told to end."""
 
 
-class TcpLink:
+class TcpLink(HostLink):
     """A producer's connection to one consumer incarnation."""
 
     def __init__(
         self,
-        pages: SharedPages,
+        pages: SharedPages | DevicePages,
         peer: TcpDescriptor,
         bell: Bell,
         *,
@@ -106,6 +108,9 @@ class TcpLink:
         check_layer(layer, self._pages.layout)
         check_slots(src_blocks, dst_blocks)
         check_blocks(src_blocks, self._pages.layout, "local")
+        after = None
+        if not isinstance(self._pages, SharedPages):
+            after = self._pages.device.writes_of(layer)
         with self._lock:
             self._check_alive()
             outgoing = self._outgoing(transfer_id)
@@ -115,7 +120,7 @@ class TcpLink:
                 raise TransportError(f"{self._peer.instance} is {len(self._queue)} pieces behind")
             header = Header(outgoing.digest, layer, first_block, len(src_blocks))
             outgoing.num_queued += 1
-            self._queue.append(_Piece(outgoing, header, list(src_blocks)))
+            self._queue.append(_Piece(outgoing, header, list(src_blocks), after))
             if len(self._queue) == 1:
                 os.eventfd_write(self._wake, 1)
 
@@ -139,11 +144,12 @@ class TcpLink:
     def poll(self) -> list[Sent | TransferFailed]:
         return self._news.take()
 
-    def abort(self, transfer_id: str) -> None:
+    def abort(self, transfer_id: str) -> bool:
         with self._lock:
             outgoing = self._open.pop(transfer_id, None)
             if outgoing is not None:
                 outgoing.closed = True
+        return True  # what is still sent is discarded: the consumer aborts before it reuses blocks
 
     def close(self) -> None:
         with self._lock:
@@ -161,20 +167,20 @@ class TcpLink:
     # ---- the thread
 
     def _run(self) -> None:
-        views = PageViews(self._pages)
+        access = page_access(self._pages)
         family = socket.AF_INET6 if ":" in self._peer.host else socket.AF_INET
         try:
             with socket.socket(family, socket.SOCK_STREAM) as sock:
                 self._connect(sock)
                 while True:
                     piece = self._next_piece(sock)
-                    self._send_piece(sock, piece, views)
+                    self._send_piece(sock, piece, access)
         except _LinkClosed:
             pass
         except (OSError, ValueError, TransportError) as error:
             self._break(f"the link to {self._peer.instance} broke: {error}")
         finally:
-            views.close()
+            access.close()
 
     def _break(self, message: str) -> None:
         """Fail all that is open; later calls raise."""
@@ -222,16 +228,20 @@ class TcpLink:
             elif sock.fileno() in ready:
                 raise TransportError("the consumer closed the connection")
 
-    def _send_piece(self, sock: socket.socket, piece: _Piece, views: PageViews) -> None:
-        buffers = views.of(piece.header.layer, piece.src_blocks)
+    def _send_piece(self, sock: socket.socket, piece: _Piece, access: PageAccess) -> None:
         header = memoryview(encode_header(piece.header))
         outgoing = piece.outgoing
         start = self._clock()
-        waited = self._send_all(sock, [header, *buffers])
+        waited = num_views = 0
+        front = [header]
+        for part in access.read(piece.header.layer, piece.src_blocks, piece.after):
+            waited += self._send_all(sock, [*front, *part.views])
+            num_views += len(part.views)
+            front = []
         end = self._clock()
         num_bytes = len(piece.src_blocks) * self._pages.layout.layer_block_bytes
         with self._lock:
-            outgoing.meter.add(start, end, num_bytes, len(buffers))
+            outgoing.meter.add(start, end, num_bytes, num_views)
             outgoing.meter.busy_ns -= waited
             outgoing.num_queued -= 1
             self._complete(outgoing)
