@@ -9,7 +9,7 @@ import os
 import numpy as np
 import torch
 
-from pdrelay.errors import ConfigError
+from pdrelay.errors import ConfigError, TransportError
 from pdrelay.integrations.vllm.page_layout import LayerLayout, PageLayout, layer_layout
 from pdrelay.integrations.vllm.pages import Pages
 from pdrelay.integrations.vllm.shm_pages import Bytes, SharedMemoryPages
@@ -75,8 +75,42 @@ def create_pages(
         transport = "shm" if device == "cpu" else "cuda_ipc"
     if transport == "shm" and device == "cpu":
         return cpu_pages(layout, storages, share=share)
+    if transport == "cuda_ipc" and device == "cuda":
+        return cuda_pages(layout, storages)
     raise ConfigError(
         f"PdrelayConnector cannot move a KV cache on {device} by transport {transport!r}"
+    )
+
+
+def cuda_pages(layout: PageLayout, storages: list[torch.UntypedStorage]) -> Pages:
+    """Pages of tensors on this process's GPU. Raises ConfigError where they cannot be shared."""
+    from pdrelay.integrations.vllm.device_pages import DeviceKVPages, Region
+    from pdrelay.transport.cuda.device import CudaDevice
+
+    ordinal = storages[0].device.index or 0
+    try:
+        device = CudaDevice(ordinal)
+        regions = []
+        for storage in storages:
+            base, size = device.driver.allocation_of(storage.data_ptr())
+            handle = device.driver.ipc_handle(base)
+            regions.append(Region(storage.data_ptr(), handle, size, storage.data_ptr() - base))
+    except TransportError as error:
+        raise ConfigError(
+            f"the KV cache on cuda:{ordinal} cannot be shared with another process ({error}): "
+            "start vLLM without sleep mode and without expandable_segments in "
+            "PYTORCH_CUDA_ALLOC_CONF"
+        ) from error
+
+    def on_compute_stream() -> None:
+        device.compute_stream = torch.cuda.current_stream(ordinal).cuda_stream
+
+    return DeviceKVPages(
+        layout,
+        device,
+        regions,
+        bind_thread=device.make_current,
+        on_compute_stream=on_compute_stream,
     )
 
 
