@@ -15,8 +15,8 @@ from pdrelay.errors import ConfigError, ProtocolError
 from pdrelay.launch.config import EngineConfig, ServeConfig, TransportConfig
 from pdrelay.launch.host import Host, inspect_host
 from pdrelay.launch.listen import listen, url_of
-from pdrelay.launch.preflight import check_files, check_memory, check_topology, describe
 from pdrelay.launch.native_driver import RankPlan
+from pdrelay.launch.preflight import check_files, check_memory, check_topology, describe
 from pdrelay.launch.resolve import num_parameters, resolve
 from pdrelay.launch.restart_policy import RestartOptions, RestartPolicy
 from pdrelay.launch.run_dir import RunDir

@@ -220,7 +220,7 @@ def test_an_instance_that_never_answers_ends_the_start(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "args, words",
+    ("args", "words"),
     [
         (["--engine-args", "--port 3"], "--engine-args has --port"),
         (["--engine-args=--kv-transfer-config={}"], "--engine-args has --kv-transfer-config"),
@@ -244,7 +244,7 @@ def test_what_cannot_run_is_said_before_anything_starts(tmp_path, args, words):
         assert list(serve.temporary.iterdir()) == []
 
 
-@pytest.mark.parametrize("version, words", [("0.23.0", ""), ("0.24.1", "removed in 0.24")])
+@pytest.mark.parametrize(("version", "words"), [("0.23.0", ""), ("0.24.1", "removed in 0.24")])
 def test_what_a_version_lacks_is_said_at_start(tmp_path, version, words):
     with Serve(tmp_path, STUB_VERSION=version) as serve:
         serve.wait_ready()

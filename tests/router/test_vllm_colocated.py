@@ -145,7 +145,7 @@ async def test_chat_is_rendered_here():
 
 
 @pytest.mark.parametrize(
-    "status, ours, code",
+    ("status", "ours", "code"),
     [
         (400, 400, "invalid_request"),
         (429, 429, "overloaded"),

@@ -12,12 +12,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import signal
 import sys
 import zlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +40,7 @@ class FakeWorld:
     held: dict[str, FakeVllm] = field(default_factory=dict)
     prompts: dict[str, list[int]] = field(default_factory=dict)  # of each hold: what its KV is of
     arrivals: dict[str, asyncio.Event] = field(default_factory=dict)
+    handles: Iterator[int] = field(default_factory=itertools.count)
 
     def hold(self, key: str, producer: FakeVllm, prompt: list[int]) -> None:
         self.held[key] = producer
@@ -190,7 +192,7 @@ class FakeVllm:
         if self.connector == "pdrelay":
             self.world.hold(params["pdrelay_transfer_id"], self, body["prompt"])
             return {"pdrelay_producer": "fake"}
-        handle = f"engine-{len(self.requests)}-{id(self)}"
+        handle = f"engine-{next(self.world.handles)}"
         self.world.hold(handle, self, body["prompt"])
         return {
             "do_remote_prefill": True,
