@@ -8,6 +8,7 @@ STUB_ENGINE: "" serves, "crash" prints a traceback and exits, "hang" never liste
 
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -30,7 +31,10 @@ def main() -> int:
     if notes:
         keep = ("CUDA_", "VLLM_", "UCX_", "PYTHONPATH", "HF_", "OMP_")
         env = {key: value for key, value in os.environ.items() if key.startswith(keep)}
-        line = json.dumps({"argv": sys.argv[1:], "env": env, "pid": os.getpid()})
+        # As real engines do, it starts a process that ends with nobody.
+        core = subprocess.Popen(["sleep", "600"], stdout=subprocess.DEVNULL)
+        pids = [os.getpid(), core.pid]
+        line = json.dumps({"argv": sys.argv[1:], "env": env, "pids": pids})
         with Path(notes).open("a") as file:
             file.write(line + "\n")
     match os.environ.get("STUB_ENGINE", ""):

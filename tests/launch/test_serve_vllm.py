@@ -78,7 +78,7 @@ class Serve:
 
     @property
     def pids(self):
-        return [each["pid"] for each in self.started()]
+        return [pid for each in self.started() for pid in each["pids"]]
 
     def request(self, path, body=None):
         data = None if body is None else json.dumps(body).encode()
@@ -136,6 +136,9 @@ def test_two_replicas_serve_and_leave_nothing(tmp_path):
         assert one["env"]["HF_HUB_OFFLINE"] == "1"
         directory = Path(flag(one, "--model"))
         assert json.loads((directory / "config.json").read_text())["vocab_size"] == 264
+        assert sorted(pid for each in serve.info["workers"] for pid in each["pids"]) == sorted(
+            serve.pids
+        )
         assert [worker["resolved"]["engine"] for worker in serve.info["workers"]] == ["vllm"] * 2
         status, output = serve.stop()
         assert status == 0, output

@@ -82,6 +82,7 @@ class ExternalDriver:
                 *plan.config.external.engine_args,
             ),
             env={**self._environment(spec), **self.environment(spec)},
+            guarded=True,
         )
         url = f"http://127.0.0.1:{port}"
         return Launch((process,), self.endpoint(spec, incarnation, self._ready(spec), url))
