@@ -10,7 +10,7 @@ from http_harness import vllm_front_door
 from router_harness import PD, until
 
 from pdrelay.core.messages import Role
-from pdrelay.router.fake_vllm import expected_tokens, token_at
+from pdrelay.router.fake_server import expected_tokens, token_at
 
 PROMPT = [1, 2, 3, 4]
 WAYS = [

@@ -42,6 +42,7 @@ class EnginePlan:
     version: str
     model_dir: str  # what the engine loads
     gpus: Mapping[str, str]  # CUDA_VISIBLE_DEVICES by instance; empty on CPU
+    engine_flags: tuple[str, ...] = ()  # that this version of it knows
     api_key: str = ""  # between front door and instances
 
     @property
