@@ -6,10 +6,12 @@ tokens are known (`expected_tokens`).
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import signal
 import zlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from aiohttp import web
@@ -123,3 +125,40 @@ def _origin(prompt: Sequence[int], i: int) -> tuple[list[int], int]:
     if len(tokens) > 1 and tokens[-1] == token_at(tokens[:-1], len(tokens) - 1):
         return tokens[:-1], len(tokens) + i
     return tokens, len(tokens) + i
+
+
+# ---- as a process
+
+
+async def _serve(fake: FakeServer, port: int) -> None:
+    over = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, over.set)
+    await fake.start(port)
+    print(f"{type(fake).__name__} listens on {fake.url}", flush=True)
+    await over.wait()
+    await fake.stop()
+
+
+def run_fake(
+    kind: Callable[..., FakeServer], argv: Sequence[str] | None = None, api_key: str = ""
+) -> int:
+    """Serve until SIGTERM. Arguments that a fake has no use for are ignored."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--served-model-name", default="tiny")
+    parser.add_argument("--max-model-len", "--context-length", type=int, default=512)
+    parser.add_argument("--step-ms", type=float, default=0.0)
+    args, _ = parser.parse_known_args(argv)
+
+    async def run() -> None:
+        fake = kind(
+            model=args.served_model_name,
+            max_model_len=args.max_model_len,
+            api_key=api_key,
+            step_s=args.step_ms / 1e3,
+        )
+        await _serve(fake, args.port)
+
+    asyncio.run(run())
+    return 0

@@ -1,20 +1,23 @@
 """An SGLang server without a model: /generate, and the bootstrap protocol of its P/D.
 
 A producer keeps a request until the consumer with its room has come, as real ones do; a consumer
-waits for its producer.
+waits for its producer. As a process, which pairs with nobody:
+
+    python -m pdrelay.router.fake_sglang --port 8100 [any other argument of SGLang's server]
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections import defaultdict
 from typing import Any
 
 from aiohttp import web
 
 from pdrelay.core.messages import Role
-from pdrelay.router.fake_server import FakeServer
+from pdrelay.router.fake_server import FakeServer, run_fake
 
 
 class FakeRooms:
@@ -167,3 +170,7 @@ def _entry(token: int, rank: int) -> list[Any]:
 
 def _event(body: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(body).encode() + b"\n\n"
+
+
+if __name__ == "__main__":
+    sys.exit(run_fake(FakeSglang))

@@ -7,12 +7,9 @@ It runs in the process of a test, or as one:
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import contextlib
 import itertools
 import json
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +17,7 @@ from typing import Any
 
 from aiohttp import web
 
-from pdrelay.router.fake_server import FakeServer
+from pdrelay.router.fake_server import FakeServer, run_fake
 
 
 @dataclass
@@ -223,37 +220,5 @@ def _event(body: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(body).encode() + b"\n\n"
 
 
-# ---- as a process
-
-
-async def _serve(args: argparse.Namespace, api_key: str) -> None:
-    fake = FakeVllm(
-        model=args.served_model_name,
-        max_model_len=args.max_model_len,
-        api_key=api_key,
-        step_s=args.step_ms / 1e3,
-    )
-    over = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, over.set)
-    await fake.start(args.port)
-    print(f"fake vLLM listens on {fake.url}", flush=True)
-    await over.wait()
-    await fake.stop()
-
-
-def main(argv: Sequence[str] | None = None, api_key: str = "") -> int:
-    """Arguments that a fake has no use for are ignored, as long as they are there."""
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--served-model-name", default="tiny")
-    parser.add_argument("--max-model-len", type=int, default=512)
-    parser.add_argument("--step-ms", type=float, default=0.0)
-    args, _ = parser.parse_known_args(argv)
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(_serve(args, api_key))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_fake(FakeVllm))
