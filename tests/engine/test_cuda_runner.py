@@ -7,11 +7,14 @@ show is in test_cuda_gpu.py.
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from model_harness import small_config
 
 from pdrelay.core.block_manager import BlockManager
@@ -30,6 +33,8 @@ from pdrelay.engine.models import build_model
 from pdrelay.engine.runner import ModelRunner
 from pdrelay.engine.step import needs_host_tokens
 from pdrelay.engine.step_executor import StepExecutor, StepLimits
+from pdrelay.engine.step_input import Prefill, StepHeader
+from pdrelay.engine.warmup import warm_up
 from pdrelay.model.config import kv_layout
 
 torch.set_num_threads(1)
@@ -233,3 +238,58 @@ def test_block_table_rows_follow_growth_preemption_and_departures():
         indices = {rows.row(requests[0]), rows.row(requests[i])}
         assert len(indices) == 2 and indices <= {0, 1, 2}
     assert np.array_equal(rows.table[rows.row(requests[6]), :2], [1, 2])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6))
+def test_arrays_of_a_step_are_aligned_do_not_overlap_and_fit(seed):
+    rng = random.Random(seed)
+    limits = StepLimits(rng.randint(1, 40), rng.randint(40, 300), rng.randint(64, 900), 16)
+    decodes = rng.randint(0, limits.max_num_seqs)
+    prefills, row = [], decodes
+    while decodes + len(prefills) < limits.max_num_seqs and row < limits.max_num_batched_tokens:
+        length = rng.randint(1, limits.max_num_batched_tokens - row)
+        prefills.append(Prefill(row, length, 0, rng.randint(0, limits.table_width)))
+        row += length
+    header = StepHeader(
+        rows=row,
+        num_decodes=decodes,
+        table_width=rng.randint(1, limits.table_width),
+        prefills=tuple(prefills),
+        num_logits=rng.randint(0, row),
+        is_graph=False,
+        greedy=False,
+        num_draws=decodes + len(prefills),
+        truncates=True,
+        has_min_p=True,
+        has_remote=True,
+    )
+    at = header.words()
+    starts = [at.token_ids, at.sources, at.positions, at.slots, at.seq_lens, at.logits_rows]
+    starts += [at.draws, at.remote, at.tables]
+    sizes = [row] * 4 + [-(-row // 2), header.num_logits, 5 * header.num_draws, row]
+    assert all(start % 2 == 0 for start in starts)
+    for (start, following), size in zip(pairwise(starts), sizes, strict=True):
+        assert start + size <= following
+    entry = decodes * header.table_width
+    for first, segment in zip(at.table_at, prefills, strict=True):
+        assert first % 4 == 0 and first >= entry
+        entry = first + segment.table_len
+    assert at.tables + -(-entry // 2) <= at.end <= limits.max_words
+    assert limits.first_host_token % 2 == 0 and limits.first_host_token >= limits.max_num_seqs
+
+
+def test_warm_up_runs_every_kind_of_step_and_stores_nothing_remotely():
+    config = small_config()
+    runner, pool = make_runner(config)
+    peer = torch.full_like(pool, 7.5)
+    warm_up(
+        runner,
+        SchedulerConfig(6, 48, BLOCK_SIZE),
+        num_blocks=64,
+        vocab_size=VOCAB,
+        max_model_len=256,
+        on_gpu=True,
+        remote_pool=peer,
+    )
+    assert torch.all(peer == 7.5) and not torch.all(pool == 7.5)

@@ -49,6 +49,7 @@ class CudaRunner:
         self._packer = StepPacker(
             block_size=limits.block_size,
             max_num_seqs=limits.max_num_seqs,
+            first_host_token=limits.first_host_token,
             table_width=limits.table_width,
             bucket_of=executor.bucket_of,
         )

@@ -201,6 +201,7 @@ def lead(config: RankConfig, control: Channel[ToWorker]) -> None:
             vocab_size=rank.model_config.vocab_size,
             max_model_len=config.max_model_len,
             on_gpu=rank.cuda is not None,
+            remote_pool=rank.kv_pool if rank.cuda and config.role is Role.PREFILL else None,
         )
     outbox = Outbox()
     producer, consumer = _peers(rank, transport, scheduler, outbox)
