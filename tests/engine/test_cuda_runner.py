@@ -6,10 +6,13 @@ show is in test_cuda_gpu.py.
 
 from __future__ import annotations
 
+import queue
 import random
+import threading
 from itertools import pairwise
 from types import SimpleNamespace
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -26,14 +29,15 @@ from pdrelay.engine.accelerator import HostAccelerator
 from pdrelay.engine.attention import AttentionShape
 from pdrelay.engine.backend import cuda_backend
 from pdrelay.engine.block_table_rows import BlockTableRows
-from pdrelay.engine.cuda_runner import CudaRunner
+from pdrelay.engine.communicator import ThreadGroup
+from pdrelay.engine.cuda_runner import CudaFollower, CudaRunner
 from pdrelay.engine.decode_buckets import bucket_of, decode_buckets
 from pdrelay.engine.kernels.gpu import TorchKernels
 from pdrelay.engine.models import build_model
 from pdrelay.engine.runner import ModelRunner
 from pdrelay.engine.step import needs_host_tokens
 from pdrelay.engine.step_executor import StepExecutor, StepLimits
-from pdrelay.engine.step_input import Prefill, StepHeader
+from pdrelay.engine.step_input import Prefill, StepHeader, StepMessage
 from pdrelay.engine.warmup import warm_up
 from pdrelay.model.config import kv_layout
 
@@ -44,18 +48,27 @@ BLOCK_SIZE = 8
 VOCAB = 101
 
 
-def make_runner(config, *, num_blocks=64, seqs=6, budget=48, max_model_len=256):
-    """A CudaRunner on the CPU and its pool."""
-    shape = AttentionShape(config.num_heads, config.num_kv_heads, config.head_dim)
+LIMITS = StepLimits(6, 48, 256, BLOCK_SIZE)
+
+
+def make_executor(config, *, num_blocks=64, communicator=None):
+    """One rank's executor on the CPU, and its pool."""
+    ranks = communicator.world_size if communicator else 1
+    shape = AttentionShape(config.num_heads // ranks, config.num_kv_heads // ranks, config.head_dim)
     backend = cuda_backend(shape, torch.float32, CPU, TorchKernels())
-    model = build_model("small", config, load_format="dummy", seed=3, backend=backend)
-    backend.qkv_buffer.reserve(budget)
-    pool = torch.full(kv_layout(config, BLOCK_SIZE, num_blocks, "float32").shape, 7.5)
-    limits = StepLimits(seqs, budget, max_model_len, BLOCK_SIZE)
-    accelerator = HostAccelerator()
-    executor = StepExecutor(model, pool, accelerator, limits)
+    options = dict(load_format="dummy", seed=3, backend=backend, communicator=communicator)
+    model = build_model("small", config, **options)
+    backend.qkv_buffer.reserve(LIMITS.max_num_batched_tokens)
+    layout = kv_layout(config, BLOCK_SIZE, num_blocks, "float32", ranks)
+    pool = torch.full(layout.shape, 7.5)
+    executor = StepExecutor(model, pool, HostAccelerator(), LIMITS)
     executor.capture_graphs()
-    return CudaRunner(executor, accelerator, limits), pool
+    return executor, pool
+
+
+def make_runner(config, **options):
+    executor, pool = make_executor(config, **options)
+    return CudaRunner(executor, HostAccelerator(), LIMITS), pool
 
 
 def plain_runner(config, num_blocks=64):
@@ -293,3 +306,35 @@ def test_warm_up_runs_every_kind_of_step_and_stores_nothing_remotely():
         remote_pool=peer,
     )
     assert torch.all(peer == 7.5) and not torch.all(pool == 7.5)
+
+
+def test_a_second_rank_follows():
+    """Pending tokens, draws and tokens that rank 0's host chose are known on both ranks."""
+    config = small_config()
+    requests = [
+        (f"r{i}", list(range(i, 20 + i)), params)
+        for i, params in enumerate([{}, {"temperature": 1.0}, {"logprobs": 1}, {"min_tokens": 3}])
+    ]
+    group, steps, outputs = ThreadGroup(2), queue.SimpleQueue(), []
+
+    def follow():
+        executor, _ = make_executor(config, communicator=group.rank(1))
+        follower = CudaFollower(executor, HostAccelerator(), LIMITS)
+        while (message := steps.get()) is not None:
+            decoded = msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=StepMessage)
+            follower.run(decoded)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    executor, _ = make_executor(config, communicator=group.rank(0))
+    pair = CudaRunner(executor, HostAccelerator(), LIMITS)
+    pair.broadcast = steps.put
+    for runner, depth in ((plain_runner(config), 1), (pair, 2)):
+        scheduler = make_scheduler()
+        for name, prompt, params in requests:
+            add(scheduler, name, prompt, **params)
+        outputs.append(serve(runner, scheduler, depth))
+    steps.put(None)
+    thread.join(30)
+    assert not thread.is_alive()
+    assert_same(*outputs)

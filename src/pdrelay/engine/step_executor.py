@@ -123,6 +123,7 @@ class StepExecutor:
         end = header.words().end
         self._uploaded[:end].copy_(host_words[:end], non_blocking=True)
         if header.is_graph:
+            assert after_layer is None, "producers do not decode"
             self._spread_tables(header)
             logits = self._run_decode(header.rows)
             if header.greedy:

@@ -53,6 +53,13 @@ class StepHeader(msgspec.Struct, frozen=True, array_like=True):
         return Words(self)
 
 
+class StepMessage(msgspec.Struct, frozen=True, array_like=True, tag="device_step"):
+    """A step as rank 0 sends it to the other ranks of an instance: little-endian words."""
+
+    header: StepHeader
+    words: bytes
+
+
 class Words:
     """Offsets of a step's arrays, in words. `tables` and `table_at` for the int32 ones."""
 

@@ -25,6 +25,7 @@ from pdrelay.core.messages import Fatal, Ready, Role, ToWorker
 from pdrelay.core.rank_config import RankConfig, read_rank_config
 from pdrelay.core.scheduler import Scheduler, SchedulerConfig
 from pdrelay.core.time_slice import request_short_slices
+from pdrelay.engine.batch import BatchInput
 from pdrelay.engine.communicator import Communicator, connect_ranks
 from pdrelay.engine.consumer import Consumer
 from pdrelay.engine.cuda_engine import (
@@ -43,6 +44,7 @@ from pdrelay.engine.producer import Producer
 from pdrelay.engine.runner import ModelRunner, forward
 from pdrelay.engine.startup_clock import StartupClock
 from pdrelay.engine.step import Runner
+from pdrelay.engine.step_input import StepMessage
 from pdrelay.engine.tp_link import Follower, Leader
 from pdrelay.engine.warmup import warm_up
 from pdrelay.errors import LaunchError, PdrelayError
@@ -169,7 +171,9 @@ def _transport(config: RankConfig, pages: SharedPages | DevicePages) -> Transpor
 def lead(config: RankConfig, control: Channel[ToWorker]) -> None:
     """Rank 0: build everything, report Ready, run the loop."""
     followers = config.world_size - 1
-    leader = Leader(_rendezvous_path(config, "tp"), followers, _TP_TIMEOUT_S) if followers else None
+    message = BatchInput if config.device == "cpu" else StepMessage
+    path = _rendezvous_path(config, "tp")
+    leader = Leader(path, followers, _TP_TIMEOUT_S, message) if followers else None
     communicator = _communicator(config)
     rank = build_rank(config, communicator)
     config = rank.config
@@ -190,6 +194,7 @@ def lead(config: RankConfig, control: Channel[ToWorker]) -> None:
     runner: Runner
     if rank.cuda is not None:
         runner = rank.cuda.runner
+        runner.broadcast = leader.broadcast if leader else None
     else:
         broadcast = leader.broadcast if leader else None
         runner = ModelRunner(rank.model, rank.kv_pool, config.block_size, broadcast)
