@@ -45,6 +45,9 @@ def test_what_cannot_be_read_is_bad_usage(tmp_path, capsys):
     assert main(["doctor", "--log", str(tmp_path)]) == 2
     assert "name the files" in capsys.readouterr().err
     assert main(["doctor", "--engine", "trt"]) == 2
+    log = ["--log", str(LOGS / "healthy.log")]
+    assert main(["doctor", "--engine", "trt", *log]) == 2
+    assert "--engine" in capsys.readouterr().err
 
 
 def test_a_large_log_is_read_at_both_ends(tmp_path):

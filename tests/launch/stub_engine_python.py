@@ -1,13 +1,14 @@
 """Stands in for the interpreter of an engine's environment (`--engine-python`).
 
     -c CODE vllm             tells a version, as the launcher asks for it
-    -m vllm... ARGS          runs the package's fake server; STUB_ENGINE says how it fares
+    -m MODULE ARGS           runs the package's fake server; STUB_ENGINE says how it fares
 
 STUB_ENGINE: "" serves, "crash" prints a traceback and exits, "hang" never listens.
 """
 
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,13 +25,17 @@ RuntimeError: Engine core initialization failed. See root cause above. Failed co
 
 def main() -> int:
     if sys.argv[1] == "-c":
-        print(os.environ.get("STUB_VERSION", "0.32.0"))
+        looks_for = sys.argv[5:]  # a source file's words, when it is not the version
+        print(*looks_for[:1] or [os.environ.get("STUB_VERSION", "0.32.0")])
         return 0
     notes = os.environ.get("STUB_NOTES")
     if notes:
         keep = ("CUDA_", "VLLM_", "UCX_", "PYTHONPATH", "HF_", "OMP_")
         env = {key: value for key, value in os.environ.items() if key.startswith(keep)}
-        line = json.dumps({"argv": sys.argv[1:], "env": env, "pid": os.getpid()})
+        # As real engines do, it starts a process that ends with nobody.
+        core = subprocess.Popen(["sleep", "600"], stdout=subprocess.DEVNULL)
+        pids = [os.getpid(), core.pid]
+        line = json.dumps({"argv": sys.argv[1:], "env": env, "pids": pids})
         with Path(notes).open("a") as file:
             file.write(line + "\n")
     match os.environ.get("STUB_ENGINE", ""):
@@ -39,9 +44,12 @@ def main() -> int:
             return 1
         case "hang":
             time.sleep(600)
-    from pdrelay.router.fake_vllm import main as serve
+    from pdrelay.router.fake_server import run_fake
+    from pdrelay.router.fake_sglang import FakeSglang
+    from pdrelay.router.fake_vllm import FakeVllm
 
-    return serve(sys.argv[3:], os.environ.get("VLLM_API_KEY", ""))
+    kind = FakeSglang if sys.argv[2].startswith("sglang") else FakeVllm
+    return run_fake(kind, sys.argv[3:], os.environ.get("VLLM_API_KEY", ""))
 
 
 if __name__ == "__main__":

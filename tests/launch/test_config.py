@@ -79,7 +79,7 @@ def test_every_flag_arrives():
         (["--decode", "1"], "--decode needs --prefill"),
         (["--transport", "mappd"], "mapped?"),
         (["--transport", "rdma"], "one of mapped, tcp, pool"),
-        (["--engine", "vllm"], "one of native"),
+        (["--engine", "vlm"], "vllm?"),
         (["--device", "tpu"], "one of auto, cpu, cuda"),
         (["--dtype", "float16"], "one of auto, float32, bfloat16"),
         (["--load-format", "pt"], "one of auto, dummy"),

@@ -78,7 +78,7 @@ class Serve:
 
     @property
     def pids(self):
-        return [each["pid"] for each in self.started()]
+        return [pid for each in self.started() for pid in each["pids"]]
 
     def request(self, path, body=None):
         data = None if body is None else json.dumps(body).encode()
@@ -136,11 +136,14 @@ def test_two_replicas_serve_and_leave_nothing(tmp_path):
         assert one["env"]["HF_HUB_OFFLINE"] == "1"
         directory = Path(flag(one, "--model"))
         assert json.loads((directory / "config.json").read_text())["vocab_size"] == 264
+        assert sorted(pid for each in serve.info["workers"] for pid in each["pids"]) == sorted(
+            serve.pids
+        )
         assert [worker["resolved"]["engine"] for worker in serve.info["workers"]] == ["vllm"] * 2
         status, output = serve.stop()
         assert status == 0, output
         assert "engine: vllm 0.32.0" in output
-        assert "[replica-1] fake vLLM listens" in output
+        assert "[replica-1] FakeVllm listens" in output
         assert "Traceback" not in output
         serve.nothing_left()
 
@@ -251,6 +254,28 @@ def test_what_a_version_lacks_is_said_at_start(tmp_path, version, words):
         output = serve.stop()[1]
         assert f"engine: vllm {version}" in output
         assert ("removed in 0.24" in output) == bool(words)
+
+
+def test_sglang_is_started_with_its_own_words(tmp_path):
+    args = ("--prefill", "1", "--decode", "1", "--no-enable-prefix-caching")
+    with Serve(tmp_path, *args, engine="sglang", STUB_VERSION="0.5.16") as serve:
+        serve.wait_ready()
+        assert serve.request("/health")[0] == 200
+        modes = {flag(each, "--disaggregation-mode"): each for each in serve.started()}
+        assert sorted(modes) == ["decode", "prefill"]
+        assert flag(modes["prefill"], "--disaggregation-transfer-backend") == "nixl"
+        assert int(flag(modes["prefill"], "--disaggregation-bootstrap-port"))
+        assert "--disaggregation-bootstrap-port" not in modes["decode"]["argv"]
+        for started in modes.values():
+            assert started["argv"][:2] == ["-m", "sglang.launch_server"]
+            assert flag(started, "--context-length") == "512"
+            assert "--incremental-streaming-output" in started["argv"]
+            assert "--disable-radix-cache" in started["argv"]
+        assert serve.info["workers"][0]["resolved"]["engine_version"] == "0.5.16"
+        status, output = serve.stop()
+        assert status == 0
+        assert "engine: sglang 0.5.16" in output
+        serve.nothing_left()
 
 
 def test_attached_instances_are_routed_to_and_left_running(tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import msgspec
 from aiohttp import web
 from router_harness import model_info, parse_sse, until
 
@@ -20,9 +21,11 @@ from pdrelay.router.app import FLOW, build_app
 from pdrelay.router.cluster import Cluster
 from pdrelay.router.config import RouterConfig
 from pdrelay.router.event_log import EventLog
+from pdrelay.router.fake_server import FakeServer
+from pdrelay.router.fake_sglang import FakeRooms, FakeSglang
 from pdrelay.router.fake_vllm import FakeVllm, FakeWorld
 from pdrelay.router.http_client import HttpEngineClient
-from pdrelay.router.http_pd import HandOvers, NixlStyle, PdrelayStyle, Style
+from pdrelay.router.http_pd import HandOvers, NixlStyle, PdrelayStyle, SglangStyle, Style
 from pdrelay.router.http_session import HttpSession
 from pdrelay.router.server import make_runner
 
@@ -80,7 +83,7 @@ class HttpFrontDoor:
         return self.clients[name].endpoint
 
 
-def endpoint_of(name: str, role: Role, fake: FakeVllm, **fields: Any) -> HttpEndpoint:
+def endpoint_of(name: str, role: Role, fake: FakeServer, **fields: Any) -> HttpEndpoint:
     ready = Ready(instance=name, role=role, pid=0, layout=LAYOUT, max_model_len=fake.max_model_len)
     return HttpEndpoint(engine="vllm", url=fake.url, ready=ready, api_key=fake.api_key, **fields)
 
@@ -157,3 +160,27 @@ async def http_front_door(
             await fake.stop()
         event_log.close()
         await asyncio.sleep(0)
+
+
+@contextlib.asynccontextmanager
+async def sglang_front_door(
+    roles: Mapping[str, Role] | Sequence[str] = ("replica-0",),
+    *,
+    log_path: Path | None = None,
+    **options: Any,
+) -> AsyncIterator[HttpFrontDoor]:
+    roles = roles if isinstance(roles, Mapping) else dict.fromkeys(roles, Role.BOTH)
+    rooms = FakeRooms()
+    fakes = {name: FakeSglang(role=role, rooms=rooms, **options) for name, role in roles.items()}
+    endpoints = {}
+    for i, (name, role) in enumerate(roles.items()):
+        await fakes[name].start()
+        produces = role is Role.PREFILL
+        endpoints[name] = msgspec.structs.replace(
+            endpoint_of(name, role, fakes[name]),
+            engine="sglang",
+            bootstrap_host="127.0.0.1" if produces else "",
+            bootstrap_port=9000 + i if produces else 0,
+        )
+    async with http_front_door(fakes, endpoints, SglangStyle(), log_path) as door:
+        yield door

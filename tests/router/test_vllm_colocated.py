@@ -8,7 +8,7 @@ import pytest
 from http_harness import vllm_front_door
 from router_harness import until
 
-from pdrelay.router.fake_vllm import expected_tokens
+from pdrelay.router.fake_server import expected_tokens
 
 PROMPT = [1, 2, 3, 4]
 

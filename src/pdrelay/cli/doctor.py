@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pdrelay.cli.options import Option, add_options, choice, text
-from pdrelay.errors import ConfigError
+from pdrelay.cli.options import add_options, read_options
 
 if TYPE_CHECKING:
     from pdrelay.doctor.facts import Ask
@@ -26,12 +26,6 @@ examples:
   pdrelay doctor --engine vllm --engine-python venv/bin/python --prefill 1 --decode 1
   pdrelay doctor --log prefill.log --log decode.log
 """
-_ENGINES = ("native", "vllm", "sglang")
-_OWN = [
-    Option("engine", choice(*_ENGINES), "native (default), vllm, sglang", "NAME"),
-    Option("engine-python", text, "Python of the engine's environment (default: this one)", "PATH"),
-    Option("connector", text, "vLLM's KV connector: pdrelay, nixl, or its class name", "NAME"),
-]
 _CONNECTORS = {"auto": "", "pdrelay": "PdrelayConnector", "nixl": "NixlConnector"}
 
 
@@ -54,15 +48,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="read this log, or the logs under a directory, in place of the preflight; repeatable",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    own = {option.name for option in _OWN}
-    add_options(parser, {"doctor": _OWN})
-    add_options(
-        parser,
-        {
-            title: [option for option in options if option.name not in own]
-            for title, options in GROUPS.items()
-        },
-    )
+    add_options(parser, GROUPS)
     parser.set_defaults(func=run)
 
 
@@ -71,21 +57,16 @@ def run(args: argparse.Namespace) -> int:
     return _post_mortem(args) if args.log else _preflight(args)
 
 
-def _engine(args: argparse.Namespace) -> str | None:
-    if args.engine is not None and args.engine not in _ENGINES:
-        raise ConfigError(f"--engine is {args.engine!r}; it must be one of {', '.join(_ENGINES)}")
-    engine: str | None = args.engine
-    return engine
-
-
 def _post_mortem(args: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from pdrelay.cli.serve_options import OPTIONS
     from pdrelay.doctor import diagnose
     from pdrelay.doctor.logs import read_logs
     from pdrelay.doctor.render import findings_json, print_findings
 
-    engine = _engine(args)
+    engines = [option for option in OPTIONS if option.key == "engine"]
+    engine = read_options(engines, vars(args), None).get("engine")
     report = [(log.path, diagnose(log.text, engine)) for log in read_logs(args.log)]
     if args.json:
         print(findings_json(report))
@@ -115,17 +96,14 @@ def make_ask(args: argparse.Namespace) -> Ask:
     from pdrelay.cli.serve_options import serve_config
     from pdrelay.doctor.facts import Ask
 
-    engine = _engine(args) or "native"
-    ours = dict.fromkeys(option.key for option in _OWN)
-    values = {**vars(args), **ours, "model": args.model or "tiny"}
-    config = serve_config(argparse.Namespace(**values))
-    if args.model is None and args.config is None:
-        from dataclasses import replace
-
+    no_model = args.model is None and args.config is None
+    config = serve_config(argparse.Namespace(**{**vars(args), "model": args.model or "tiny"}))
+    if no_model:
         config = replace(config, engine=replace(config.engine, model=""))
+    asked = config.external.connector
     return Ask(
-        engine=engine,  # type: ignore[arg-type]  # checked by _engine
+        engine=config.engine.engine,
         config=config,
-        connector=_CONNECTORS.get(args.connector or "", args.connector or ""),
-        engine_python=args.engine_python or sys.executable,
+        connector=_CONNECTORS.get(asked, asked),
+        engine_python=config.external.engine_python or sys.executable,
     )

@@ -42,7 +42,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option(
             "dtype",
             choice("auto", "float32", "bfloat16", "float16"),
-            "of the KV cache; auto: float32 where tiny is measured on CPU, else the checkpoint's",
+            "of the KV cache (auto: the model's; on GPUs bfloat16 for built-in shapes)",
             "NAME",
         ),
     ],

@@ -50,8 +50,11 @@ def _words(value: object) -> tuple[str, ...]:
 
 
 def _attachments(value: object) -> tuple[Attach, ...]:
-    """`URL`, `prefill=URL`, `decode=URL`, one or several."""
-    wanted = "http://HOST:PORT, prefill=http://HOST:PORT, or decode=http://HOST:PORT"
+    """`URL`, `prefill=URL`, `prefill=URL,BOOTSTRAP_PORT`, `decode=URL`, one or several."""
+    wanted = (
+        "http://HOST:PORT, prefill=http://HOST:PORT or decode=http://HOST:PORT; SGLang's prefill "
+        "with its bootstrap port, as prefill=http://HOST:PORT,8998"
+    )
     given = value if isinstance(value, list) else [value]
     found = []
     for each in given:
@@ -60,9 +63,13 @@ def _attachments(value: object) -> tuple[Attach, ...]:
         role, separator, url = each.partition("=")
         if not separator or role not in ("prefill", "decode"):
             role, url = "both", each
+        url, comma, port = url.partition(",")
+        if comma and not (role == "prefill" and port.isascii() and port.isdecimal()):
+            raise ValueError(wanted)
         if not url.startswith(("http://", "https://")) or not url.isprintable():
             raise ValueError(wanted)
-        found.append(Attach(url.rstrip("/"), Role(role)))
+        more = {"bootstrap_port": int(port)} if comma else {}
+        found.append(Attach(url.rstrip("/"), Role(role), **more))
     return tuple(found)
 
 

@@ -142,12 +142,6 @@ class HandOver:
         self._sent[layer] = max(self._sent[layer], stop)
         return pieces
 
-    def forget_unsent(self) -> None:
-        """The source pages are gone (preemption): what was not sent must be marked ready anew."""
-        self._ready = [
-            min(ready, sent) for ready, sent in zip(self._ready, self._sent, strict=True)
-        ]
-
     @property
     def all_ready(self) -> bool:
         """Every page was written."""

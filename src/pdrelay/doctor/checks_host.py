@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 from pdrelay.doctor.check import Check, failure, note, ok, warning
 from pdrelay.doctor.facts import Ask, Facts
 from pdrelay.errors import ConfigError
 from pdrelay.launch import preflight
+from pdrelay.launch.external import external_plan
 from pdrelay.launch.resolve import resolve
 from pdrelay.launch.topology import num_ranks
 from pdrelay.launch.units import format_bytes
@@ -18,10 +20,12 @@ _SHORT_SLICES_SINCE = (6, 12)
 _GOOD_CLOCKS = ("tsc", "arch_sys_counter", "kvm-clock", "hyperv_clocksource_tsc_page")
 
 
-def check_native(ask: Ask, facts: Facts) -> list[Check]:
+def check_serve(ask: Ask, facts: Facts) -> list[Check]:
     """What `serve` would refuse on this machine, by its own checks."""
-    if ask.engine != "native" or not ask.config.engine.model:
+    if not ask.config.engine.model:
         return []
+    if ask.engine != "native":
+        return _check_external(ask, facts)
     if facts.model is None:
         return [_refused("model", facts.model_error)]
     config, host, model = ask.config, facts.host, facts.model
@@ -36,7 +40,19 @@ def check_native(ask: Ask, facts: Facts) -> list[Check]:
     ]
 
 
-def _asked(what: str, check: Callable[[], None], fine: str) -> Check:
+def _check_external(ask: Ask, facts: Facts) -> list[Check]:
+    """Not for a connector that only a launch by hand can use, nor for a model of the hub."""
+    config = ask.config
+    if facts.model is None or config.external.connector.endswith("Connector"):
+        return []
+    plan = functools.partial(external_plan, config, facts.host)
+    return [
+        _asked("serve", plan, "accepts these flags here"),
+        _asked("files", lambda: preflight.check_files(config, facts.host), "are writable"),
+    ]
+
+
+def _asked(what: str, check: Callable[[], object], fine: str) -> Check:
     try:
         check()
     except ConfigError as error:
@@ -70,7 +86,7 @@ def check_port(ask: Ask, facts: Facts) -> list[Check]:
 
 
 def check_open_files(ask: Ask, facts: Facts) -> list[Check]:
-    """An engine under load; `serve`'s own minimum is checked by `check_native`."""
+    """An engine under load; `serve`'s own minimum is checked by `check_serve`."""
     limit = facts.host.max_open_files
     if ask.engine == "native" or limit >= _ENGINE_OPEN_FILES:
         return [ok("open files", f"{limit} may be open")]

@@ -11,9 +11,9 @@ from pdrelay.doctor.checks_host import (
     check_kernel,
     check_loopback,
     check_model,
-    check_native,
     check_open_files,
     check_port,
+    check_serve,
     check_shm,
 )
 from pdrelay.doctor.facts import Ask, Facts
@@ -26,7 +26,7 @@ def preflight(ask: Ask, facts: Facts) -> list[Check]:
         *check_engine(ask, facts),
         *check_environment(ask, facts),
         *check_model(ask, facts),
-        *check_native(ask, facts),
+        *check_serve(ask, facts),
         *check_port(ask, facts),
         *check_open_files(ask, facts),
         *check_loopback(facts),

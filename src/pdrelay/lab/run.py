@@ -22,7 +22,7 @@ from pdrelay.lab.experiments.base import Context, Step
 from pdrelay.lab.gpu_watch import GpuWatch
 from pdrelay.lab.progress import Reporter
 from pdrelay.lab.rundir import LaunchInfo, RunInfo, claim_directory, write_json
-from pdrelay.lab.server import Launcher, ServerHandle
+from pdrelay.lab.server import Launcher, ServerHandle, engine_in
 from pdrelay.lab.topology import LabTopology
 from pdrelay.telemetry.source import OpenGpus, open_source
 
@@ -145,7 +145,7 @@ class _Lab:
             model=self._config.model,
             event_log_path=directory / f"events{suffix}.jsonl",
             log_path=directory / f"server{suffix}.log",
-            extra_args=self._config.serve_args,
+            extra_args=self._config.args_of(topology),
         )
 
     def _directory(self, topology: LabTopology) -> Path:
@@ -154,15 +154,29 @@ class _Lab:
     def _save_launch(self, topology: LabTopology, server: ServerHandle) -> None:
         known = self._so_far.launches.setdefault(
             topology.name,
-            LaunchInfo(name=topology.name, num_gpus=topology.num_gpus, argv=server.argv),
+            LaunchInfo(
+                name=topology.name,
+                num_gpus=topology.num_gpus,
+                argv=server.argv,
+                engine=engine_in(server.workers()),
+            ),
         )
+        self._info.engines[topology.name] = known.engine
         known.startup_s.append(server.startup_s)
         write_json(self._directory(topology) / "launch.json", known)
 
     async def _prepare(self, topology: LabTopology, rep: int, server: ServerHandle) -> Context:
         """Warm up; on the first start measure the capacity and make the trace."""
         info = await fetch_server_info(server.url)
-        context = Context(self._config, topology, rep, server.url, info, pids=server.pids)
+        context = Context(
+            self._config,
+            topology,
+            rep,
+            server.url,
+            info,
+            pids=server.pids,
+            engine=self._info.engines.get(topology.name, ""),
+        )
         await self._warm_up(context)
         if "traffic" in self._config.experiments:
             if self._so_far.capacity_rps is None:

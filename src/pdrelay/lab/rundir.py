@@ -60,6 +60,7 @@ class RunInfo(msgspec.Struct, kw_only=True):
     ended: str = ""
     experiments: list[str]
     topologies: list[str]  # names in the order in which the report shows them
+    engines: dict[str, str] = {}  # by topology: "vllm 0.32.0"
     quick: bool
     service_level: Slo
     capacity_rps: float | None = None  # of the baseline, closed loop, chat-like lengths
@@ -73,6 +74,7 @@ class LaunchInfo(msgspec.Struct, kw_only=True):
     name: str
     num_gpus: int
     argv: list[str]  # reproduces the server
+    engine: str = ""  # with its version: "vllm 0.32.0"
     startup_s: list[float] = []  # one a start
 
 
@@ -94,6 +96,7 @@ class CaseInfo(msgspec.Struct, kw_only=True):
     schema_version: int = SCHEMA_VERSION
     experiment: str
     topology: str
+    engine: str = ""  # with its version
     case: str
     rep: int
     seed: int

@@ -46,6 +46,7 @@ class Attach:
 
     url: str  # http://host:port
     role: Role = Role.BOTH
+    bootstrap_port: int = 8998  # SGLang's default; of prefill instances
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ class ProcessSpec:
     env: Mapping[str, str]  # all of it: nothing is inherited
     stdin: bytes = b""
     pass_fds: tuple[int, ...] = ()
+    guarded: bool = False  # it starts processes that could outlive it (guard.py)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Sequence
 
 from pdrelay.errors import ConfigError
 
@@ -25,14 +26,44 @@ else:
 """
 
 
+_FIND = """
+import importlib.util, pathlib, sys
+package, file, *words = sys.argv[1:]
+directory = pathlib.Path(importlib.util.find_spec(package).origin).parent
+text = (directory / file).read_text(encoding="utf-8")
+print(*[word for word in words if f'"{word}"' in text])
+"""
+
+
 def ask_version(python: str, package: str) -> str:
     """Version of `package` in the environment of the interpreter `python`, or "unknown".
 
     Raises ConfigError when there is no such interpreter or package.
     """
+    done = _run(python, _ASK, package)
+    if done.returncode == 3:
+        raise ConfigError(
+            f"{python} has no {package}: install it there, or give --engine-python the "
+            "interpreter of the environment that has it"
+        )
+    lines = done.stdout.split()
+    if done.returncode != 0 or not lines:
+        why = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise ConfigError(f"{python} could not tell its version of {package}: {why}")
+    return lines[-1]
+
+
+def known_words(python: str, package: str, file: str, words: Sequence[str]) -> list[str]:
+    """Which of `words` a source file of an installed package has as string literals: asking its
+    command line would import all of it. Raises ConfigError as `ask_version` does."""
+    done = _run(python, _FIND, package, file, *words)
+    return done.stdout.split() if done.returncode == 0 else []
+
+
+def _run(python: str, code: str, package: str, *args: str) -> subprocess.CompletedProcess[str]:
     try:
-        done = subprocess.run(
-            [python, "-c", _ASK, package],
+        return subprocess.run(
+            [python, "-c", code, package, *args],
             capture_output=True,
             text=True,
             timeout=_ASK_S,
@@ -45,16 +76,6 @@ def ask_version(python: str, package: str) -> str:
         ) from None
     except subprocess.TimeoutExpired:
         raise ConfigError(f"{python} did not tell its {package} within {_ASK_S:g} s") from None
-    if done.returncode == 3:
-        raise ConfigError(
-            f"{python} has no {package}: install it there, or give --engine-python the "
-            "interpreter of the environment that has it"
-        )
-    lines = done.stdout.split()
-    if done.returncode != 0 or not lines:
-        why = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise ConfigError(f"{python} could not tell its version of {package}: {why}")
-    return lines[-1]
 
 
 def release(version: str) -> tuple[int, int] | None:
@@ -84,3 +105,11 @@ def vllm_notes(version: str, connector: str) -> list[str]:
             f"older {connector} fails at start"
         )
     return notes
+
+
+def sglang_notes(version: str) -> list[str]:
+    """The same for SGLang."""
+    found = release(version)
+    if found is None or found < (0, 5):
+        return [f"SGLang {version} is untested: 0.5 and later are known"]
+    return []

@@ -7,13 +7,19 @@ import os
 import secrets
 import sys
 from collections.abc import Sequence
+from urllib.parse import urlsplit
 
 from pdrelay.core.endpoint import HttpEndpoint
 from pdrelay.core.messages import Ready
 from pdrelay.errors import ConfigError
 from pdrelay.launch.config import Attach, ServeConfig
 from pdrelay.launch.driver import Driver
-from pdrelay.launch.engine_version import ask_version, vllm_notes
+from pdrelay.launch.engine_version import (
+    ask_version,
+    known_words,
+    sglang_notes,
+    vllm_notes,
+)
 from pdrelay.launch.external_driver import EnginePlan
 from pdrelay.launch.gpus import VARIABLE, assign_gpus, visible_gpus
 from pdrelay.launch.host import Host
@@ -21,14 +27,15 @@ from pdrelay.launch.plan import Plan
 from pdrelay.launch.ports import Ports
 from pdrelay.launch.resolve_external import resolve_external
 from pdrelay.launch.run_dir import RunDir
+from pdrelay.launch.sglang_driver import OWNED as SGLANG_OWNED
+from pdrelay.launch.sglang_driver import STREAM_FLAGS, SglangDriver
 from pdrelay.launch.topology import InstanceSpec, instances
 from pdrelay.launch.vllm_driver import OWNED as VLLM_OWNED
 from pdrelay.launch.vllm_driver import VllmDriver
 from pdrelay.model.config import is_built_in, load_model_config
 from pdrelay.model.shape_dir import write_shape_dir
 
-_OWNED = {"vllm": VLLM_OWNED}
-_PACKAGES = {"vllm": "vllm", "sglang": "sglang"}
+_OWNED = {"vllm": VLLM_OWNED, "sglang": SGLANG_OWNED}
 
 
 def external_plan(config: ServeConfig, host: Host) -> Plan:
@@ -46,7 +53,7 @@ def check_engine_args(config: ServeConfig) -> None:
     """Raises ConfigError for an argument that pdrelay gives itself."""
     for argument in config.external.engine_args:
         flag = argument.split("=", 1)[0]
-        if flag in _OWNED.get(config.engine.engine, ()):
+        if flag in _OWNED[config.engine.engine]:
             raise ConfigError(
                 f"--engine-args has {flag}, which pdrelay gives every instance itself: leave it out"
             )
@@ -64,7 +71,7 @@ def make_driver(
     config, resolved = plan.config, plan.resolved
     engine = config.engine.engine
     python = config.external.engine_python or sys.executable
-    version = ask_version(python, _PACKAGES[engine])
+    version = ask_version(python, engine)
     model_dir = config.engine.model
     if is_built_in(model_dir):
         directory = run_dir.path / "model"
@@ -81,11 +88,21 @@ def make_driver(
         version=version,
         model_dir=model_dir,
         gpus=_gpus(config, plan.specs, host) if resolved.device == "cuda" else {},
+        engine_flags=_flags(engine, python),
         api_key=secrets.token_urlsafe(24),
     )
-    lines = [f"engine: {engine} {version} ({python})", *vllm_notes(version, resolved.transport)]
+    lines = [f"engine: {engine} {version} ({python})"]
+    lines += vllm_notes(version, resolved.transport) if engine == "vllm" else sglang_notes(version)
     lines += [f"{name}: {VARIABLE}={gpus}" for name, gpus in engine_plan.gpus.items()]
-    return VllmDriver(engine_plan), lines
+    return VllmDriver(engine_plan) if engine == "vllm" else SglangDriver(engine_plan), lines
+
+
+def _flags(engine: str, python: str) -> tuple[str, ...]:
+    """Flags whose names depend on the version."""
+    if engine != "sglang":
+        return ()
+    known = known_words(python, engine, "srt/server_args.py", STREAM_FLAGS)
+    return tuple(known[:1])
 
 
 def describe_external(plan: Plan) -> list[str]:
@@ -119,6 +136,8 @@ def _endpoint(plan: Plan, spec: InstanceSpec, attach: Attach) -> HttpEndpoint:
     return HttpEndpoint(
         engine=engine,
         url=attach.url,
+        bootstrap_host=urlsplit(attach.url).hostname or "",
+        bootstrap_port=attach.bootstrap_port,
         ready=Ready(
             instance=spec.instance,
             role=spec.role,

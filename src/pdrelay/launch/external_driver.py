@@ -42,6 +42,7 @@ class EnginePlan:
     version: str
     model_dir: str  # what the engine loads
     gpus: Mapping[str, str]  # CUDA_VISIBLE_DEVICES by instance; empty on CPU
+    engine_flags: tuple[str, ...] = ()  # that this version of it knows
     api_key: str = ""  # between front door and instances
 
     @property
@@ -82,6 +83,7 @@ class ExternalDriver:
                 *plan.config.external.engine_args,
             ),
             env={**self._environment(spec), **self.environment(spec)},
+            guarded=True,
         )
         url = f"http://127.0.0.1:{port}"
         return Launch((process,), self.endpoint(spec, incarnation, self._ready(spec), url))

@@ -102,7 +102,7 @@ class Instance:
 
     @property
     def pids(self) -> list[int]:
-        return [rank.pid for rank in self.ranks]
+        return [pid for rank in self.ranks for pid in rank.pids]
 
     # ---- what the listener reports
 

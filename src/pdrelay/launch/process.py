@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 
 from pdrelay.errors import LaunchError
-from pdrelay.launch import child
+from pdrelay.launch import child, guard
 from pdrelay.launch.driver import ProcessSpec
 from pdrelay.launch.log_pipe import LogPipe
 
@@ -49,8 +49,9 @@ class EngineProcess:
         self._write_stdin()
 
     def _spawn(self, output: int) -> tuple[subprocess.Popen[bytes], int]:
+        tie = guard.__file__ if self.spec.guarded else child.__file__
         popen = subprocess.Popen(
-            [sys.executable, "-I", "-S", child.__file__, str(os.getpid()), *self.spec.command],
+            [sys.executable, "-I", "-S", tie, str(os.getpid()), *self.spec.command],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=output,
@@ -73,6 +74,13 @@ class EngineProcess:
             stdin.flush()
         with contextlib.suppress(BrokenPipeError):
             stdin.close()
+
+    @property
+    def pids(self) -> list[int]:
+        """Itself; with a guard, what runs in the group that the guard leads, oldest first."""
+        if not self.spec.guarded:
+            return [self.pid]
+        return [pid for pid in group_members(self.pid) if pid != self.pid]
 
     @property
     def returncode(self) -> int | None:
@@ -104,3 +112,19 @@ class EngineProcess:
             return f"was killed by {signal.Signals(-code).name}"
         except ValueError:
             return f"was killed by signal {-code}"
+
+
+def group_members(group: int) -> list[int]:
+    """Living processes of a process group, by /proc, in the order of their ids."""
+    found = []
+    for entry in os.scandir("/proc"):
+        if not entry.name.isdigit():
+            continue
+        try:
+            with open(f"{entry.path}/stat", encoding="utf-8", errors="replace") as file:
+                state, _, its_group = file.read().rpartition(")")[2].split()[:3]
+        except OSError:  # it has just ended
+            continue
+        if int(its_group) == group and state != "Z":
+            found.append(int(entry.name))
+    return sorted(found)

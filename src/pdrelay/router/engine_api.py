@@ -10,7 +10,7 @@ import msgspec
 
 from pdrelay.core.endpoint import HttpEndpoint
 from pdrelay.core.messages import EngineRequest
-from pdrelay.router import vllm_api
+from pdrelay.router import sglang_api, vllm_api
 from pdrelay.router.piece import Leg, Piece
 
 
@@ -33,8 +33,8 @@ class EngineApi(Protocol):
 
     def body(self, request: EngineRequest, leg: Leg) -> bytes: ...
 
-    def reader(self, *, stream: bool) -> Callable[[bytes], Piece]:
-        """Reads the answer of one call: each event's data, or the whole body."""
+    def reader(self) -> Callable[[bytes], Piece]:
+        """Reads the answer of one call: each event's data in order, or the whole body."""
 
     def error_text(self, body: bytes) -> str: ...
 
@@ -73,13 +73,35 @@ class VllmApi:
     def body(self, request: EngineRequest, leg: Leg) -> bytes:
         return vllm_api.body(self._model, request, leg)
 
-    def reader(self, *, stream: bool) -> Callable[[bytes], Piece]:
+    def reader(self) -> Callable[[bytes], Piece]:
         return vllm_api.read_piece
 
     def error_text(self, body: bytes) -> str:
         return vllm_api.error_text(body)
 
 
+class SglangApi:
+    path: str = sglang_api.GENERATE
+    fact_paths: tuple[str, ...] = ("/v1/models", "/get_server_info")
+
+    def read_facts(self, answers: Mapping[str, bytes | None]) -> Facts:
+        models, server = (answers[path] for path in self.fact_paths)
+        first = msgspec.json.decode(models, type=_Models).data[0] if models else None
+        return Facts(
+            model=first.id if first else None,
+            max_model_len=first.max_model_len if first else None,
+            version=msgspec.json.decode(server, type=_Version).version if server else None,
+        )
+
+    def body(self, request: EngineRequest, leg: Leg) -> bytes:
+        return sglang_api.body(request, leg)
+
+    def reader(self) -> Callable[[bytes], Piece]:
+        return sglang_api.StreamReader()
+
+    def error_text(self, body: bytes) -> str:
+        return sglang_api.error_text(body)
+
+
 def api_of(endpoint: HttpEndpoint) -> EngineApi:
-    assert endpoint.engine == "vllm"
-    return VllmApi()
+    return VllmApi() if endpoint.engine == "vllm" else SglangApi()

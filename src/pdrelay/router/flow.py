@@ -246,6 +246,8 @@ class Flow:
         self, flight: Flight, instance: str, t_ns: int, output: Output, now_ns: int
     ) -> None:
         sink, record = flight.sink, flight.record
+        if output.num_cached_tokens is not None:  # with the first token, or at the end
+            record.num_cached_tokens = output.num_cached_tokens
         before = sink.num_tokens
         finish_reason = sink.on_output(output)
         num_new = sink.num_tokens - before
@@ -258,8 +260,6 @@ class Flow:
                 metrics.prompt_tokens.inc(len(flight.request.prompt_token_ids))
             else:
                 metrics.inter_token_latency.observe((now_ns - flight.last_token_ns) / 1e9)
-                if output.num_cached_tokens is not None:  # some engines tell it at the end
-                    record.num_cached_tokens = output.num_cached_tokens
             for i in range(num_new):
                 kind = EventKind.FIRST_TOKEN if first and i == 0 else EventKind.TOKEN
                 record.events.append(Event(kind, t_ns, instance))
@@ -276,7 +276,6 @@ class Flow:
 
     def _first_token(self, flight: Flight, output: Output, now_ns: int) -> None:
         self.waiting_tokens -= len(flight.request.prompt_token_ids)
-        flight.record.num_cached_tokens = output.num_cached_tokens or 0
         flight.lease.prefilled()
         if flight.first_token_deadline is not None:
             flight.first_token_deadline.cancel()

@@ -256,7 +256,7 @@ class HttpEngineClient:
         async with self._post(request, leg) as response:
             data = await response.read()
         assert self._api is not None
-        piece = self._api.reader(stream=False)(data)
+        piece = self._api.reader()(data)
         if piece.error:
             raise WorkerLostError(f"{self.instance}: {piece.error}")
         return piece
@@ -283,7 +283,7 @@ class HttpEngineClient:
 
     async def _pieces(self, response: aiohttp.ClientResponse) -> AsyncGenerator[Piece, None]:
         assert self._api is not None
-        read_piece = self._api.reader(stream=True)
+        read_piece = self._api.reader()
         rest = b""
         async for data in response.content.iter_any():
             self._last_heard_s = time.monotonic()

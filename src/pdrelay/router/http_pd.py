@@ -287,19 +287,22 @@ class SglangStyle:
         )
 
     async def produce(self, hand_over: HandOver) -> None:
-        """Its answer says no more than that the KV has moved."""
+        """Its answer says that the KV has moved, and how much of the prompt it had cached."""
+        request, producer = hand_over.request, hand_over.producer
         try:
-            await hand_over.producer.once(hand_over.request, self._leg(hand_over, stream=False))
+            answer = await producer.once(request, self._leg(hand_over, stream=False))
+            producer.emit(request.request_id, Piece(num_cached_tokens=answer.num_cached_tokens))
         except Exception:
             if not hand_over.first.done():
                 raise
-            _log.info("%s: the producer failed late", hand_over.request.request_id, exc_info=True)
+            _log.info("%s: the producer failed late", request.request_id, exc_info=True)
 
     async def consume(self, hand_over: HandOver, consumer: Caller) -> None:
         request_id = hand_over.request.request_id
         leg = self._leg(hand_over, stream=True)
         async with contextlib.aclosing(consumer.stream(hand_over.request, leg)) as pieces:
             async for piece in pieces:
+                piece.num_cached_tokens = None  # the producer's count
                 if hand_over.first.done():
                     consumer.emit(request_id, piece)
                     continue

@@ -106,18 +106,19 @@ class ProducerBook:
             handing.prefilled = False
             self._plan.rewound.append(request_id)
 
-    def finished(self, request_id: str, *, delivers: bool) -> str | None:
-        """The request has ended. If `delivers`, its blocks must be kept until the worker reports
-        it: then the transfer id, which the reply carries; otherwise None."""
+    def finished(self, request_id: str, params: RemoteDecode, *, delivers: bool) -> bool:
+        """The request has ended. True: its blocks must be kept until the worker reports it."""
         handing = self._handing.pop(request_id, None)
         if handing is None:
-            return None
+            reason = "the producer's request was aborted before its prefill"
+            self._plan.refused[params.transfer_id] = reason
+            return False
         if not delivers or not handing.prefilled:
             self._plan.dropped[request_id] = "the producer's request was aborted"
-            return None
+            return False
         self._plan.held.append(request_id)
         self._held.add(request_id)
-        return handing.transfer_id
+        return True
 
     def freed(self, request_id: str) -> None:
         self._held.discard(request_id)

@@ -39,7 +39,9 @@ from pdrelay.integrations.vllm.params import (
 from pdrelay.integrations.vllm.producer import Producer
 from pdrelay.integrations.vllm.registered import create_pages, describe
 from pdrelay.integrations.vllm.service import ProducerService
+from pdrelay.integrations.vllm.stats import add_stats
 from pdrelay.integrations.vllm.step import StepPlan
+from pdrelay.integrations.vllm.vllm_stats import PdrelayPromMetrics, PdrelayStats
 
 logger = init_logger(f"vllm.{__name__}")  # below vLLM's logger, so that its handlers print it
 
@@ -153,6 +155,24 @@ class PdrelayConnector(KVConnectorBase_V1):
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._rank.take_failed_blocks()
 
+    def get_kv_connector_stats(self) -> PdrelayStats | None:
+        taken = self._worker.take_stats() if self._worker is not None else {}
+        return PdrelayStats(data=taken) if taken else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> PdrelayStats:
+        return PdrelayStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: Any,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[Any]],
+    ) -> PdrelayPromMetrics:
+        return PdrelayPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
     def shutdown(self) -> None:
         if self._worker is not None:
             self._worker.close()
@@ -227,14 +247,16 @@ class SchedulerHalf:
 
     def finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         request_id = request.request_id
+        params = self._params(request)
         self._parsed.pop(request_id, None)
         self.consumer.finished(request_id)
+        if not isinstance(params, RemoteDecode):
+            return False, None
         whole = len(block_ids) * self._block_size >= request.num_prompt_tokens
         delivers = request.status.name in _DELIVERED and whole
-        transfer_id = self.producer.finished(request_id, delivers=delivers)
-        if transfer_id is None:
+        if not self.producer.finished(request_id, params, delivers=delivers):
             return False, None
-        return True, reply_params(transfer_id, self._address)
+        return True, reply_params(params.transfer_id, self._address)
 
     def _params(self, request: Any) -> RemoteDecode | RemotePrefill | None:
         """Parsed once a request. What is not valid, or not for this role, asks for nothing: the
@@ -336,6 +358,11 @@ class WorkerHalf:
 
     def take_failed_blocks(self) -> set[int]:
         return self._consumer.take_failed_blocks() if self._consumer is not None else set()
+
+    def take_stats(self) -> dict[str, int]:
+        sent = self._producer.take_stats() if self._producer is not None else {}
+        received = self._consumer.stats.take() if self._consumer is not None else {}
+        return add_stats(sent, received)
 
     def close(self) -> None:
         if self._producer is not None:

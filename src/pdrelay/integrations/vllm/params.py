@@ -83,11 +83,16 @@ def _transfer_id(value: Any) -> str:
 def _producer(value: Any, peer_dir: str) -> str:
     if not isinstance(value, str) or not value or "\0" in value:
         raise _bad("pdrelay_producer", "must be the producer's socket path")
-    try:
-        too_long = len(os.fsencode(value)) > MAX_PATH_BYTES
-    except UnicodeEncodeError:
-        too_long = True
-    inside = os.path.dirname(os.path.realpath(value)) == os.path.realpath(peer_dir)
-    if too_long or not os.path.isabs(value) or not inside:
+    if not _is_direct_child(value, peer_dir):
         raise _bad("pdrelay_producer", "does not lie in the directory of this instance's peers")
     return value
+
+
+def _is_direct_child(path: str, directory: str) -> bool:
+    try:
+        num_bytes = len(os.fsencode(path))
+    except UnicodeEncodeError:
+        return False
+    if num_bytes > MAX_PATH_BYTES or not os.path.isabs(path):
+        return False
+    return os.path.dirname(os.path.realpath(path)) == os.path.realpath(directory)

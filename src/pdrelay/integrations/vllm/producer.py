@@ -50,11 +50,13 @@ class Early:
 
 @dataclass(eq=False)
 class Link:
-    """One consumer rank that has connected. `writer` stands once its Hello is in."""
+    """One consumer rank that has connected. Its pages are opened for its first transfer and not
+    before: a driver call between a starting engine's graph captures would spoil them."""
 
     channel: Channel[FromConsumer]
     name: str = "a consumer"
-    num_blocks: int = 0
+    hello: Hello | None = None
+    fds: tuple[int, ...] = ()  # of its Hello, until its pages are opened
     writer: PageWriter | None = None
     early: dict[str, Early] = field(default_factory=dict)
 
@@ -122,12 +124,14 @@ class Producer:
         for request_id in plan.rewound:
             outgoing = self._by_request.get(request_id)
             if outgoing is not None:
-                outgoing.hand_over.forget_unsent()
+                outgoing.hand_over.rewind()
                 outgoing.blocks = []
         for request_id, reason in plan.dropped.items():
             outgoing = self._by_request.pop(request_id, None)
             if outgoing is not None:
                 self._give_up(outgoing, reason)
+        for transfer_id, reason in plan.refused.items():
+            self._refuse(transfer_id, reason)
         for request_id in plan.held:
             self._hold(request_id)
         for chunk in plan.chunks:
@@ -210,9 +214,7 @@ class Producer:
             elif outgoing.link is not None and outgoing.link.writer is not None:
                 outgoing.link.writer.fence().wait()
         for link in self._links:
-            link.channel.close()
-            if link.writer is not None:
-                link.writer.close()
+            self._close_link(link)
         self._links.clear()
         self._closing.clear()
         for outgoing in outgoings:
@@ -268,6 +270,15 @@ class Producer:
         elif outgoing.verdict is None and not outgoing.hand_over.all_ready:
             self._give_up(outgoing, "the producer preempted it after its prefill")
 
+    def _refuse(self, transfer_id: str, reason: str) -> None:
+        """There will be no prefill of this transfer."""
+        if transfer_id in self._by_transfer or transfer_id in self._ended:
+            return
+        self._remember(transfer_id, reason)
+        for link in self._links:
+            if link.early.pop(transfer_id, None) is not None:
+                link.channel.send(Failed(transfer_id, reason))
+
     def _free(self, outgoing: Outgoing) -> None:
         """Its blocks are not needed any more."""
         if outgoing.held and self._by_request.pop(outgoing.request_id, None) is not None:
@@ -296,11 +307,27 @@ class Producer:
         if reason:
             link.channel.send(Failed(announce.transfer_id, reason))
             return
+        if not self._open(link):
+            return
         outgoing.link = link
         hand_over = outgoing.hand_over
         first = min(announce.first_block, hand_over.num_blocks)
         blocks = announce.blocks[: hand_over.num_blocks - first]
         self._send(outgoing, hand_over.set_slots(first, blocks))
+
+    def _open(self, link: Link) -> bool:
+        """Reach the consumer's pages, if that was not done yet; refuse it if that fails."""
+        if link.writer is not None:
+            return True
+        hello, fds = link.hello, link.fds
+        assert hello is not None
+        link.fds = ()
+        try:
+            link.writer = self._pages.open(hello.layout, hello.handles, fds)
+        except TransportError as error:
+            self._refuse_link(link, error)
+            return False
+        return True
 
     def _mismatch(self, outgoing: Outgoing, link: Link, announce: Announce) -> str:
         """Why `announce` cannot have the prompt's KV; empty if it can."""
@@ -312,7 +339,9 @@ class Producer:
         num_blocks = -(-announce.num_tokens // self._pages.layout.block_size)
         if announce.first_block < 0 or announce.first_block + len(announce.blocks) != num_blocks:
             return "the announced blocks do not fit the prompt"
-        if any(not 0 <= block < link.num_blocks for block in announce.blocks):
+        assert link.hello is not None
+        end = link.hello.layout.num_blocks
+        if any(not 0 <= block < end for block in announce.blocks):
             return "an announced block does not exist"
         return ""
 
@@ -410,16 +439,19 @@ class Producer:
             messages = link.channel.receive()
             for message in messages:
                 self._on_message(link, message)
-        except (ProtocolError, ConfigError, TransportError) as error:
-            _log.warning("%s is refused: %s", link.name, error)
-            link.channel.send(Refused(str(error)))
-            link.channel.close()
+        except (ProtocolError, ConfigError) as error:
+            self._refuse_link(link, error)
+
+    def _refuse_link(self, link: Link, error: Exception) -> None:
+        _log.warning("%s is refused: %s", link.name, error)
+        link.channel.send(Refused(str(error)))
+        link.channel.close()
 
     def _on_message(self, link: Link, message: FromConsumer) -> None:
         if isinstance(message, Hello):
             self._on_hello(link, message)
             return
-        if link.writer is None:
+        if link.hello is None:
             raise ProtocolError("a consumer must say Hello first")
         match message:
             case Ask(transfer_id):
@@ -430,18 +462,12 @@ class Producer:
                 self._on_cancel(link, transfer_id)
 
     def _on_hello(self, link: Link, hello: Hello) -> None:
-        fds = tuple(link.channel.received_fds)
+        if link.hello is not None:
+            raise ProtocolError("a consumer says Hello once")
+        self._check(hello)
+        link.hello, link.name = hello, hello.instance
+        link.fds = tuple(link.channel.received_fds)
         link.channel.received_fds.clear()
-        try:
-            if link.writer is not None:
-                raise ProtocolError("a consumer says Hello once")
-            self._check(hello)
-        except (ProtocolError, ConfigError):
-            for fd in fds:
-                os.close(fd)
-            raise
-        link.writer = self._pages.open(hello.layout, hello.handles, fds)
-        link.name, link.num_blocks = hello.instance, hello.layout.num_blocks
         link.channel.send(Welcome(self._instance))
 
     def _check(self, hello: Hello) -> None:
@@ -504,6 +530,13 @@ class Producer:
         if any(out.link is link for out in self._closing):
             return  # its pages stay open until then; poll comes back
         self._links.remove(link)
+        self._close_link(link)
+
+    def _close_link(self, link: Link) -> None:
+        for fd in (*link.fds, *link.channel.received_fds):
+            os.close(fd)
+        link.fds = ()
+        link.channel.received_fds.clear()
         link.channel.close()
         if link.writer is not None:
             link.writer.close()

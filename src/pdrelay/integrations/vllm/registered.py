@@ -9,7 +9,7 @@ import os
 import numpy as np
 import torch
 
-from pdrelay.errors import ConfigError
+from pdrelay.errors import ConfigError, TransportError
 from pdrelay.integrations.vllm.page_layout import LayerLayout, PageLayout, layer_layout
 from pdrelay.integrations.vllm.pages import Pages
 from pdrelay.integrations.vllm.shm_pages import Bytes, SharedMemoryPages
@@ -75,8 +75,42 @@ def create_pages(
         transport = "shm" if device == "cpu" else "cuda_ipc"
     if transport == "shm" and device == "cpu":
         return cpu_pages(layout, storages, share=share)
+    if transport == "cuda_ipc" and device == "cuda":
+        return cuda_pages(layout, storages)
     raise ConfigError(
         f"PdrelayConnector cannot move a KV cache on {device} by transport {transport!r}"
+    )
+
+
+def cuda_pages(layout: PageLayout, storages: list[torch.UntypedStorage]) -> Pages:
+    """Pages of tensors on this process's GPU. Raises ConfigError where they cannot be shared."""
+    from pdrelay.integrations.vllm.device_pages import DeviceKVPages, Region
+    from pdrelay.transport.cuda.device import CudaDevice
+
+    ordinal = storages[0].device.index or 0
+    try:
+        device = CudaDevice(ordinal)
+        regions = []
+        for storage in storages:
+            base, size = device.driver.allocation_of(storage.data_ptr())
+            handle = device.driver.ipc_handle(base)
+            regions.append(Region(storage.data_ptr(), handle, size, storage.data_ptr() - base))
+    except TransportError as error:
+        raise ConfigError(
+            f"the KV cache on cuda:{ordinal} cannot be shared with another process ({error}): "
+            "start vLLM without sleep mode and without expandable_segments in "
+            "PYTORCH_CUDA_ALLOC_CONF"
+        ) from error
+
+    def on_compute_stream() -> None:
+        device.compute_stream = torch.cuda.current_stream(ordinal).cuda_stream
+
+    return DeviceKVPages(
+        layout,
+        device,
+        regions,
+        bind_thread=device.make_current,
+        on_compute_stream=on_compute_stream,
     )
 
 
@@ -94,33 +128,54 @@ def share_in_place(storages: list[torch.UntypedStorage]) -> tuple[int, list[int]
         ctypes.c_long,
     ]
     page = mmap.PAGESIZE
-    spans = []
-    total = 0
-    for storage in storages:
-        if storage.nbytes() < _MIN_SHARED_BYTES:
-            raise ConfigError(
-                f"a KV cache of {storage.nbytes()} bytes is too small to share: raise "
-                "VLLM_CPU_KVCACHE_SPACE"
-            )
-        first = storage.data_ptr() // page * page
-        last = -(-(storage.data_ptr() + storage.nbytes()) // page) * page
-        spans.append((first, last, total))
-        total += last - first
-    fd = anonymous_file(total, "pdrelay-vllm-kv")
-    for first, last, start in spans:
-        # What shares the first and last page with the storage: an allocator's own words.
+    ranges = [_page_range(storage) for storage in storages]
+    spans = _merged(ranges)
+    sizes = [last - first for first, last in spans]
+    file_starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    fd = anonymous_file(sum(sizes), "pdrelay-vllm-kv")
+
+    def place(address: int) -> int:
+        """Where the byte at `address` lies in the file."""
+        return next(
+            start + address - first
+            for (first, last), start in zip(spans, file_starts, strict=True)
+            if first <= address < last
+        )
+
+    for first, last in ranges:
+        # What shares a storage's first and last page with it: an allocator's own words.
         for at in (first, last - page):
-            os.pwrite(fd, ctypes.string_at(at, page), start + at - first)
+            os.pwrite(fd, ctypes.string_at(at, page), place(at))
+    for (first, last), start in zip(spans, file_starts, strict=True):
         flags = mmap.MAP_SHARED | _MAP_FIXED | _MAP_POPULATE
         protection = mmap.PROT_READ | mmap.PROT_WRITE
         if libc.mmap(first, last - first, protection, flags, fd, start) != first:
             error = os.strerror(ctypes.get_errno())
             raise ConfigError(f"cannot put {last - first} bytes of KV into shared memory: {error}")
-    starts = [
-        start + storage.data_ptr() - first
-        for (first, _, start), storage in zip(spans, storages, strict=True)
-    ]
-    return fd, starts
+    return fd, [place(storage.data_ptr()) for storage in storages]
+
+
+def _page_range(storage: torch.UntypedStorage) -> tuple[int, int]:
+    """First and end address of the pages that a storage lies in. Raises ConfigError."""
+    if storage.nbytes() < _MIN_SHARED_BYTES:
+        raise ConfigError(
+            f"a KV cache of {storage.nbytes()} bytes is too small to share: raise "
+            "VLLM_CPU_KVCACHE_SPACE"
+        )
+    page = mmap.PAGESIZE
+    end = storage.data_ptr() + storage.nbytes()
+    return storage.data_ptr() // page * page, -(-end // page) * page
+
+
+def _merged(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The ranges in order, those that overlap made one."""
+    spans: list[tuple[int, int]] = []
+    for first, last in sorted(ranges):
+        if spans and first < spans[-1][1]:
+            spans[-1] = (spans[-1][0], max(last, spans[-1][1]))
+        else:
+            spans.append((first, last))
+    return spans
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> Bytes:

@@ -33,7 +33,7 @@ class ProducerService:
 
     def begin_step(self, plan: StepPlan) -> None:
         self._busy = bool(plan.chunks)
-        if self._busy or plan.rewound or plan.dropped or plan.held:
+        if self._busy or plan.rewound or plan.dropped or plan.refused or plan.held:
             with self._lock:
                 self._producer.begin_step(plan)
             self._wake()
@@ -59,6 +59,9 @@ class ProducerService:
             return self._producer.stats.take()
 
     def close(self) -> None:
+        """Idempotent."""
+        if self._closed:
+            return
         self._closed = True
         self._wake()
         self._thread.join(_JOIN_S)

@@ -48,6 +48,7 @@ class StepPlan:
     # producer
     rewound: list[str] = field(default_factory=list)  # preempted: blocks are no longer theirs
     dropped: dict[str, str] = field(default_factory=dict)  # request -> why; blocks are freed
+    refused: dict[str, str] = field(default_factory=dict)  # transfer -> why; never prefilled
     held: list[str] = field(default_factory=list)  # finished: blocks are freed once sent
     chunks: list[Chunk] = field(default_factory=list)
     # consumer

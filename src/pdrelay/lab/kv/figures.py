@@ -37,9 +37,9 @@ class TransferRow(msgspec.Struct, kw_only=True):
     """One transport, placement, page size and length.
 
     bulk: first piece begun to the consumer knowing that all is there, the whole prompt at once.
-    copy_share: plain copy's time over bulk's, same bytes. exposed: layer by layer, from the end of
-    the last layer's computation to the consumer knowing. added: by which computation and sending in
-    turn took longer than the median of the same computation alone.
+    copy_share: plain copy's time over bulk's, same bytes, paired by repeat. exposed: layer by
+    layer, from the end of the last layer's computation to the consumer knowing. added: by which
+    computation and sending in turn took longer than the median of the same computation alone.
     """
 
     transport: str

@@ -18,7 +18,7 @@ from pdrelay.lab.kv.figures import (
 from pdrelay.lab.kv.model import Compute, Link, Roofline, kv_bytes
 from pdrelay.lab.kv.rundir import KvRun, KvRunInfo, SampleRecord
 from pdrelay.lab.kv.serve_figures import serve_rows
-from pdrelay.lab.stats import Estimate, missing, percentile_estimate, ratio_estimate
+from pdrelay.lab.stats import Estimate, missing, percentile_estimate
 from pdrelay.model.config import BUILT_IN, ModelConfig
 
 PREDICTED_LENGTHS = (128, 512, 2048, 8192, 32_768, 131_072)
@@ -140,12 +140,19 @@ def _transfer_row(
         bulk=_estimate(bulk, wall_ms),
         busy=_estimate(bulk, _busy_ms),
         gb_per_s=_estimate(bulk, _gb_per_s),
-        copy_share=ratio_estimate([[wall_ms(s) for s in copies]], [[wall_ms(s) for s in bulk]]),
+        copy_share=_copy_share(copies, bulk),
         exposed=_estimate(layerwise, _exposed_ms),
         added=missing("no computation alone")
         if base is None
         else percentile_estimate([[_computed_ms(s) - base for s in layerwise]]),
     )
+
+
+def _copy_share(copies: Sequence[SampleRecord], bulk: Sequence[SampleRecord]) -> Estimate:
+    """Median of the repeats' ratios: both were measured in turn, so drift cancels."""
+    by_rep = {sample.rep: wall_ms(sample) for sample in copies}
+    ratios = [by_rep[sample.rep] / wall_ms(sample) for sample in bulk if sample.rep in by_rep]
+    return percentile_estimate([ratios])
 
 
 # ---- predicted

@@ -24,6 +24,7 @@ class TopologyFigures(msgspec.Struct, kw_only=True):
 
     name: str
     label: str
+    engine: str = ""  # with its version
     num_gpus: int
     argv: list[str]
     startup_s: list[float]

@@ -602,17 +602,18 @@ def environment_section(summary: Summary) -> Markup:
         servers.append(
             [
                 topology.label,
+                topology.engine or fmt.NONE,
                 topology.num_gpus,
                 ", ".join(f"{fmt.number(seconds)}" for seconds in topology.startup_s),
                 fmt.num_bytes(topology.bytes_per_token) if topology.bytes_per_token else fmt.NONE,
                 "; ".join(f"{name} {fmt.num_bytes(size)}" for name, size in peaks.items()),
             ]
         )
-    head = ["topology", "ranks", "start-up, s", "KV a token", "peak memory of a rank"]
+    head = ["topology", "engine", "ranks", "start-up, s", "KV a token", "peak memory of a rank"]
     return join(
         [
             environment_table(summary.environment),
-            table(head, servers, caption="The servers as they ran."),
+            table(head, servers, caption="The servers as they ran.", text_columns=2),
             _resolved(summary),
         ]
     )
