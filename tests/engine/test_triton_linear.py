@@ -101,13 +101,18 @@ def test_a_row_has_the_same_bits_in_any_batch():
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 8])
-@pytest.mark.parametrize(("out_features", "in_features"), [(6144, 4096), (1024, 64), (8, 14336)])
+@pytest.mark.parametrize(
+    ("out_features", "in_features"), [(6144, 4096), (1024, 64), (8, 14336), (64, 2560)]
+)
 def test_default_tuning_is_one_the_kernels_take(num_rows, out_features, in_features):
     tuning = default_tuning(num_rows, out_features, in_features)
     assert tuning.kernel == ("vector" if num_rows == 1 else "dot")
     for size in (tuning.features, tuning.columns, tuning.warps):
         assert size & (size - 1) == 0
-    assert tuning == default_tuning(num_rows, out_features, in_features)
+    paired = default_tuning(num_rows, out_features, in_features, paired=True)
+    assert paired.features <= tuning.features
+    if num_rows == 1 and in_features >= 256:
+        assert in_features % tuning.columns == 0
 
 
 def test_default_tuning_computes():

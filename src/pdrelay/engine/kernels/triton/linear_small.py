@@ -23,6 +23,7 @@ from pdrelay.engine.kernels.triton.prefetch import prefetch
 
 MAX_ROWS = 8
 _DOT_ROWS = 16  # the least a tensor core takes
+_FEWEST_COLUMNS, _MOST_COLUMNS = 256, 2048
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,18 @@ class LinearTuning:
     prefetch: bool = False
 
 
-def default_tuning(num_rows: int, out_features: int, in_features: int) -> LinearTuning:
-    """By shape alone; `out_features` is I where gate and up are computed together."""
+def default_tuning(
+    num_rows: int, out_features: int, in_features: int, paired: bool = False
+) -> LinearTuning:
+    """By shape alone. `paired`: each of `out_features` needs two rows of weights, gate's and up's."""
     if num_rows > 1:
         features = 32 if out_features >= 32 * 128 else 16
         return LinearTuning("dot", features, 256, warps=4, stages=4)
-    columns = min(2048, triton.next_power_of_2(in_features))
-    features = 8 if out_features >= 8 * 256 else 4
+    # The greatest power of two that divides K: its low bit.
+    columns = min(_MOST_COLUMNS, in_features & -in_features)
+    if columns < _FEWEST_COLUMNS:
+        columns = min(_MOST_COLUMNS, triton.next_power_of_2(in_features))
+    features = 8 if out_features >= 8 * 256 and not paired else 4
     return LinearTuning("vector", features, columns, warps=max(1, min(8, columns // 256)))
 
 
@@ -141,7 +147,7 @@ def _launch(
     if num_rows == 0:
         return out
     if tuning is None:
-        tuning = default_tuning(num_rows, out_features, in_features)
+        tuning = default_tuning(num_rows, out_features, in_features, paired=silu)
     if residual is not None:
         assert norm_weight is not None and residual_out is not None
         read = {t.data_ptr() for t in (x, residual) if t is not None}
