@@ -6,12 +6,18 @@ show is in test_cuda_gpu.py.
 
 from __future__ import annotations
 
+import queue
 import random
+import threading
+from itertools import pairwise
 from types import SimpleNamespace
 
+import msgspec
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from model_harness import small_config
 
 from pdrelay.core.block_manager import BlockManager
@@ -23,13 +29,16 @@ from pdrelay.engine.accelerator import HostAccelerator
 from pdrelay.engine.attention import AttentionShape
 from pdrelay.engine.backend import cuda_backend
 from pdrelay.engine.block_table_rows import BlockTableRows
-from pdrelay.engine.cuda_runner import CudaRunner
+from pdrelay.engine.communicator import ThreadGroup
+from pdrelay.engine.cuda_runner import CudaFollower, CudaRunner
 from pdrelay.engine.decode_buckets import bucket_of, decode_buckets
 from pdrelay.engine.kernels.gpu import TorchKernels
 from pdrelay.engine.models import build_model
 from pdrelay.engine.runner import ModelRunner
 from pdrelay.engine.step import needs_host_tokens
 from pdrelay.engine.step_executor import StepExecutor, StepLimits
+from pdrelay.engine.step_input import Prefill, StepHeader, StepMessage
+from pdrelay.engine.warmup import warm_up
 from pdrelay.model.config import kv_layout
 
 torch.set_num_threads(1)
@@ -39,18 +48,27 @@ BLOCK_SIZE = 8
 VOCAB = 101
 
 
-def make_runner(config, *, num_blocks=64, seqs=6, budget=48, max_model_len=256):
-    """A CudaRunner on the CPU and its pool."""
-    shape = AttentionShape(config.num_heads, config.num_kv_heads, config.head_dim)
+LIMITS = StepLimits(6, 48, 256, BLOCK_SIZE)
+
+
+def make_executor(config, *, num_blocks=64, communicator=None):
+    """One rank's executor on the CPU, and its pool."""
+    ranks = communicator.world_size if communicator else 1
+    shape = AttentionShape(config.num_heads // ranks, config.num_kv_heads // ranks, config.head_dim)
     backend = cuda_backend(shape, torch.float32, CPU, TorchKernels())
-    model = build_model("small", config, load_format="dummy", seed=3, backend=backend)
-    backend.qkv_buffer.reserve(budget)
-    pool = torch.full(kv_layout(config, BLOCK_SIZE, num_blocks, "float32").shape, 7.5)
-    limits = StepLimits(seqs, budget, max_model_len, BLOCK_SIZE)
-    accelerator = HostAccelerator()
-    executor = StepExecutor(model, pool, accelerator, limits)
+    options = dict(load_format="dummy", seed=3, backend=backend, communicator=communicator)
+    model = build_model("small", config, **options)
+    backend.qkv_buffer.reserve(LIMITS.max_num_batched_tokens)
+    layout = kv_layout(config, BLOCK_SIZE, num_blocks, "float32", ranks)
+    pool = torch.full(layout.shape, 7.5)
+    executor = StepExecutor(model, pool, HostAccelerator(), LIMITS)
     executor.capture_graphs()
-    return CudaRunner(executor, accelerator, limits), pool
+    return executor, pool
+
+
+def make_runner(config, **options):
+    executor, pool = make_executor(config, **options)
+    return CudaRunner(executor, HostAccelerator(), LIMITS), pool
 
 
 def plain_runner(config, num_blocks=64):
@@ -233,3 +251,90 @@ def test_block_table_rows_follow_growth_preemption_and_departures():
         indices = {rows.row(requests[0]), rows.row(requests[i])}
         assert len(indices) == 2 and indices <= {0, 1, 2}
     assert np.array_equal(rows.table[rows.row(requests[6]), :2], [1, 2])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6))
+def test_arrays_of_a_step_are_aligned_do_not_overlap_and_fit(seed):
+    rng = random.Random(seed)
+    limits = StepLimits(rng.randint(1, 40), rng.randint(40, 300), rng.randint(64, 900), 16)
+    decodes = rng.randint(0, limits.max_num_seqs)
+    prefills, row = [], decodes
+    while decodes + len(prefills) < limits.max_num_seqs and row < limits.max_num_batched_tokens:
+        length = rng.randint(1, limits.max_num_batched_tokens - row)
+        prefills.append(Prefill(row, length, 0, rng.randint(0, limits.table_width)))
+        row += length
+    header = StepHeader(
+        rows=row,
+        num_decodes=decodes,
+        table_width=rng.randint(1, limits.table_width),
+        prefills=tuple(prefills),
+        num_logits=rng.randint(0, row),
+        is_graph=False,
+        greedy=False,
+        num_draws=decodes + len(prefills),
+        truncates=True,
+        has_min_p=True,
+        has_remote=True,
+    )
+    at = header.words()
+    starts = [at.token_ids, at.sources, at.positions, at.slots, at.seq_lens, at.logits_rows]
+    starts += [at.draws, at.remote, at.tables]
+    sizes = [row] * 4 + [-(-row // 2), header.num_logits, 5 * header.num_draws, row]
+    assert all(start % 2 == 0 for start in starts)
+    for (start, following), size in zip(pairwise(starts), sizes, strict=True):
+        assert start + size <= following
+    entry = decodes * header.table_width
+    for first, segment in zip(at.table_at, prefills, strict=True):
+        assert first % 4 == 0 and first >= entry
+        entry = first + segment.table_len
+    assert at.tables + -(-entry // 2) <= at.end <= limits.max_words
+    assert limits.first_host_token % 2 == 0 and limits.first_host_token >= limits.max_num_seqs
+
+
+def test_warm_up_runs_every_kind_of_step_and_stores_nothing_remotely():
+    config = small_config()
+    runner, pool = make_runner(config)
+    peer = torch.full_like(pool, 7.5)
+    warm_up(
+        runner,
+        SchedulerConfig(6, 48, BLOCK_SIZE),
+        num_blocks=64,
+        vocab_size=VOCAB,
+        max_model_len=256,
+        on_gpu=True,
+        remote_pool=peer,
+    )
+    assert torch.all(peer == 7.5) and not torch.all(pool == 7.5)
+
+
+def test_a_second_rank_follows():
+    """Pending tokens, draws and tokens that rank 0's host chose are known on both ranks."""
+    config = small_config()
+    requests = [
+        (f"r{i}", list(range(i, 20 + i)), params)
+        for i, params in enumerate([{}, {"temperature": 1.0}, {"logprobs": 1}, {"min_tokens": 3}])
+    ]
+    group, steps, outputs = ThreadGroup(2), queue.SimpleQueue(), []
+
+    def follow():
+        executor, _ = make_executor(config, communicator=group.rank(1))
+        follower = CudaFollower(executor, HostAccelerator(), LIMITS)
+        while (message := steps.get()) is not None:
+            decoded = msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=StepMessage)
+            follower.run(decoded)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    executor, _ = make_executor(config, communicator=group.rank(0))
+    pair = CudaRunner(executor, HostAccelerator(), LIMITS)
+    pair.broadcast = steps.put
+    for runner, depth in ((plain_runner(config), 1), (pair, 2)):
+        scheduler = make_scheduler()
+        for name, prompt, params in requests:
+            add(scheduler, name, prompt, **params)
+        outputs.append(serve(runner, scheduler, depth))
+    steps.put(None)
+    thread.join(30)
+    assert not thread.is_alive()
+    assert_same(*outputs)

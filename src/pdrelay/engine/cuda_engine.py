@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -11,7 +12,7 @@ from pdrelay.core.rank_config import RankConfig
 from pdrelay.engine.accelerator import CudaAccelerator
 from pdrelay.engine.attention.cuda import CUDNN_STEP, CudaAttention
 from pdrelay.engine.communicator import Communicator
-from pdrelay.engine.cuda_runner import CudaRunner
+from pdrelay.engine.cuda_runner import CudaFollower, CudaRunner
 from pdrelay.engine.decode_buckets import decode_buckets
 from pdrelay.engine.device_memory import check_capacity, measure, num_kv_blocks
 from pdrelay.engine.models.registry import CausalLM
@@ -88,9 +89,19 @@ def size_pool(
 
 @dataclass(frozen=True)
 class CudaEngine:
+    """`runner` is rank 0's, `follower` the other ranks'."""
+
     executor: StepExecutor
-    runner: CudaRunner
     accelerator: CudaAccelerator
+    limits: StepLimits
+
+    @cached_property
+    def runner(self) -> CudaRunner:
+        return CudaRunner(self.executor, self.accelerator, self.limits)
+
+    @cached_property
+    def follower(self) -> CudaFollower:
+        return CudaFollower(self.executor, self.accelerator, self.limits)
 
 
 def build_engine(
@@ -107,4 +118,4 @@ def build_engine(
     with startup.phase("decode graphs"):
         executor.capture_graphs()
         accelerator.synchronize()
-    return CudaEngine(executor, CudaRunner(executor, accelerator, limits), accelerator)
+    return CudaEngine(executor, accelerator, limits)

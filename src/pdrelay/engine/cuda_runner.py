@@ -9,9 +9,10 @@ log-probabilities) is chosen in `launch`, which waits for the device then.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from pdrelay.core.messages import TokenLogprobs
@@ -22,6 +23,7 @@ from pdrelay.engine.runner import output_index, sample_on_host, sampling_row
 from pdrelay.engine.sampler import is_host_choice
 from pdrelay.engine.step import DoneStep, LayerHook, RemoteSlots, StepHandle, StepTokens
 from pdrelay.engine.step_executor import StepExecutor, StepLimits
+from pdrelay.engine.step_input import StepMessage
 from pdrelay.engine.step_packer import Sampling, StepPacker
 
 _DEPTH = 2
@@ -36,6 +38,39 @@ class _Staging:
     event: DeviceEvent  # behind both copies
 
 
+def _stagings(accelerator: Accelerator, limits: StepLimits) -> deque[_Staging]:
+    """One more than steps may be in flight."""
+    return deque(
+        _Staging(
+            accelerator.pinned(limits.max_words),
+            accelerator.pinned(limits.max_num_seqs),
+            accelerator.event(),
+        )
+        for _ in range(_DEPTH + 1)
+    )
+
+
+class CudaFollower:
+    """Rank 1..'s part: runs what rank 0 sends, in order. It samples as rank 0 does, from the same
+    bits, so that pending tokens are known here too; what rank 0's host chooses comes with the next
+    step."""
+
+    def __init__(
+        self, executor: StepExecutor, accelerator: Accelerator, limits: StepLimits
+    ) -> None:
+        self._executor = executor
+        self._stagings = _stagings(accelerator, limits)
+
+    def run(self, message: StepMessage) -> None:
+        staging = self._stagings.popleft()
+        staging.event.synchronize()  # its last upload is over
+        words = np.frombuffer(message.words, dtype=np.int64)
+        staging.words.numpy()[: len(words)] = words
+        self._executor.run(message.header, staging.words)
+        staging.event.record()
+        self._stagings.append(staging)
+
+
 class CudaRunner:
     """Rank 0's runner on a device. At most `depth` steps may be unread."""
 
@@ -46,20 +81,16 @@ class CudaRunner:
     ) -> None:
         self._executor = executor
         self._accelerator = accelerator
+        # Hands each step to the other ranks, which run it with a `CudaFollower`.
+        self.broadcast: Callable[[StepMessage], None] | None = None
         self._packer = StepPacker(
             block_size=limits.block_size,
             max_num_seqs=limits.max_num_seqs,
+            first_host_token=limits.first_host_token,
             table_width=limits.table_width,
             bucket_of=executor.bucket_of,
         )
-        self._free: deque[_Staging] = deque(
-            _Staging(
-                accelerator.pinned(limits.max_words),
-                accelerator.pinned(limits.max_num_seqs),
-                accelerator.event(),
-            )
-            for _ in range(_DEPTH + 1)
-        )
+        self._free = _stagings(accelerator, limits)
         # Where the last step's sampled tokens are: a row on the device, or known to the host.
         self._sampled_rows: dict[str, int] = {}
         self._known_tokens: dict[str, int] = {}
@@ -88,6 +119,9 @@ class CudaRunner:
             None if remote is None else remote.slots,
             staging.words.numpy(),
         )
+        if self.broadcast is not None:
+            used = staging.words[: header.words().end]
+            self.broadcast(StepMessage(header, used.numpy().tobytes()))
         remote_pool = None if remote is None else remote.tensor
         logits = self._executor.run(header, staging.words, after_layer, remote_pool)
         self._sampled_rows, self._known_tokens = {}, {}

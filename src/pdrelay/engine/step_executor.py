@@ -42,15 +42,14 @@ class StepLimits:
         return -(-self.max_model_len // self.block_size)
 
     @property
+    def first_host_token(self) -> int:
+        """Index of the step's first uploaded token id; sampled tokens lie before (aligned)."""
+        return -(-self.max_num_seqs // 2) * 2
+
+    @property
     def max_words(self) -> int:
-        # Chunks of one step may lie in requests that share no block: bounded by both limits.
-        prefill_blocks = self.max_num_seqs * self.table_width
-        return max_words(
-            max(self.max_num_batched_tokens, self.max_num_seqs),
-            self.max_num_seqs,
-            self.table_width,
-            prefill_blocks,
-        )
+        max_rows = max(self.max_num_batched_tokens, self.max_num_seqs)
+        return max_words(max_rows, self.max_num_seqs, self.table_width)
 
 
 @dataclass(frozen=True)
@@ -83,9 +82,10 @@ class StepExecutor:
         device, num_seqs = accelerator.device, limits.max_num_seqs
         # Sampled tokens, then the uploaded words, which begin with the host's token ids: one
         # gather serves both (`sources`).
-        self._words = torch.zeros(num_seqs + limits.max_words, dtype=torch.int64, device=device)
+        first = limits.first_host_token
+        self._words = torch.zeros(first + limits.max_words, dtype=torch.int64, device=device)
         self.sampled = self._words[:num_seqs]
-        self._uploaded = self._words[num_seqs:]
+        self._uploaded = self._words[first:]
         self._tables = torch.zeros((num_seqs, limits.table_width), dtype=torch.int32, device=device)
         self.buckets = decode_buckets(num_seqs)
         self._graphs: dict[int, _DecodeGraph] = {}
@@ -123,6 +123,7 @@ class StepExecutor:
         end = header.words().end
         self._uploaded[:end].copy_(host_words[:end], non_blocking=True)
         if header.is_graph:
+            assert after_layer is None, "producers do not decode"
             self._spread_tables(header)
             logits = self._run_decode(header.rows)
             if header.greedy:
@@ -155,7 +156,7 @@ class StepExecutor:
         at = header.words()
         self._uploaded[: at.end] = 0
         self._uploaded[at.slots : at.seq_lens] = -1
-        self._uploaded[at.sources : at.positions] = self._limits.max_num_seqs
+        self._uploaded[at.sources : at.positions] = self._limits.first_host_token
 
     def _decode(self, bucket: int) -> torch.Tensor:
         """Forward, logits and argmax of `bucket` rows, from and to static addresses."""
@@ -163,12 +164,12 @@ class StepExecutor:
         seq_lens = self._uploaded[at.seq_lens : at.logits_rows].view(torch.int32)[:bucket]
         context = ForwardContext(
             kv_pool=self._kv_pool,
-            slot_mapping=self._uploaded[at.slots : at.seq_lens],
+            slot_mapping=self._uploaded[at.slots : at.slots + bucket],
             decode=DecodeSegment(0, self._tables[:bucket], seq_lens, self._num_splits(bucket)),
         )
         hidden = self._model.forward(
-            self._words.index_select(0, self._uploaded[at.sources : at.positions]),
-            self._uploaded[at.positions : at.slots],
+            self._words.index_select(0, self._uploaded[at.sources : at.sources + bucket]),
+            self._uploaded[at.positions : at.positions + bucket],
             context,
         )
         logits = self._model.raw_logits(hidden)
@@ -199,14 +200,14 @@ class StepExecutor:
         remote_pool: torch.Tensor | None,
     ) -> torch.Tensor | None:
         """Logits of the rows asked for, or None when there are none."""
-        words, at = self._uploaded, header.words()
+        words, at, rows = self._uploaded, header.words(), header.rows
         remote = None
         if header.has_remote:
             assert remote_pool is not None
-            remote = RemoteStore(remote_pool, words[at.remote : at.tables])
+            remote = RemoteStore(remote_pool, words[at.remote : at.remote + rows])
         context = ForwardContext(
             kv_pool=self._kv_pool,
-            slot_mapping=words[at.slots : at.seq_lens],
+            slot_mapping=words[at.slots : at.slots + rows],
             prefills=[
                 PrefillSegment(s.start, s.length, s.context_len, ()) for s in header.prefills
             ],
@@ -216,14 +217,16 @@ class StepExecutor:
             tables=self._prefill_tables(header),
         )
         hidden = self._model.forward(
-            self._words.index_select(0, words[at.sources : at.positions]),
-            words[at.positions : at.slots],
+            self._words.index_select(0, words[at.sources : at.sources + rows]),
+            words[at.positions : at.positions + rows],
             context,
         )
         if header.num_logits == 0:
             return None
         if header.num_logits < hidden.shape[0]:
-            hidden = hidden.index_select(0, words[at.logits_rows : at.draws])
+            hidden = hidden.index_select(
+                0, words[at.logits_rows : at.logits_rows + header.num_logits]
+            )
         return self._model.raw_logits(hidden)
 
     def _decode_segment(self, header: StepHeader) -> DecodeSegment | None:
@@ -242,18 +245,18 @@ class StepExecutor:
         )
 
     def _prefill_tables(self, header: StepHeader) -> list[torch.Tensor]:
-        entries = self._entries(header)[header.num_decodes * header.table_width :]
-        tables = []
-        for segment in header.prefills:
-            tables.append(entries[: segment.table_len])
-            entries = entries[segment.table_len :]
-        return tables
+        entries = self._entries(header)
+        return [
+            entries[first : first + segment.table_len]
+            for first, segment in zip(header.words().table_at, header.prefills, strict=True)
+        ]
 
     # ---- sampling
 
     def _draw(self, header: StepHeader, logits: torch.Tensor) -> None:
         at = header.words()
-        columns = self._uploaded[at.draws : at.remote].view(torch.float64)
+        size = DRAW_COLUMNS * header.num_draws
+        columns = self._uploaded[at.draws : at.draws + size].view(torch.float64)
         tokens = draw(
             logits.float(),
             columns.view(DRAW_COLUMNS, header.num_draws),

@@ -3,8 +3,8 @@
 Words, in this order (`rows` is the number of token rows, padding included; T of them are real):
 
     token_ids   rows   the host's token ids
-    sources     rows   where each row's token lies: `r` < max_num_seqs: row r of the last step's
-                       sampled tokens, on the device; max_num_seqs + i: token_ids[i]
+    sources     rows   where each row's token lies: `r` < first_host_token: row r of the last
+                       step's sampled tokens, on the device; first_host_token + i: token_ids[i]
     positions   rows
     slots       rows   block * block_size + offset, -1 for padding
     seq_lens    rows/2 int32, of the decode rows; 0 for padding
@@ -12,6 +12,9 @@ Words, in this order (`rows` is the number of token rows, padding included; T of
     draws       5 * num_draws float64: temperature, top_k, top_p, min_p, point; a column each
     remote      rows   slots in the peer's pool, if the step stores there too
     tables      int32  [num_decodes, table_width], then each prefill segment's block table
+
+Every array, and every segment's table, begins at a multiple of 16 bytes: Triton compiles a kernel
+again for a pointer that is aligned less.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from __future__ import annotations
 import msgspec
 
 DRAW_COLUMNS = 5
+_ALIGNMENT = 2  # words: 16 bytes
 
 
 class Prefill(msgspec.Struct, frozen=True, array_like=True):
@@ -49,32 +53,49 @@ class StepHeader(msgspec.Struct, frozen=True, array_like=True):
         return Words(self)
 
 
+class StepMessage(msgspec.Struct, frozen=True, array_like=True, tag="device_step"):
+    """A step as rank 0 sends it to the other ranks of an instance: little-endian words."""
+
+    header: StepHeader
+    words: bytes
+
+
 class Words:
-    """Offsets of a step's arrays, in words."""
+    """Offsets of a step's arrays, in words. `tables` and `table_at` for the int32 ones."""
 
     def __init__(self, header: StepHeader) -> None:
         rows = header.rows
         self.token_ids = 0
-        self.sources = rows
-        self.positions = 2 * rows
-        self.slots = 3 * rows
-        self.seq_lens = 4 * rows
-        self.logits_rows = self.seq_lens + _halves(rows)
-        self.draws = self.logits_rows + header.num_logits
-        self.remote = self.draws + DRAW_COLUMNS * header.num_draws
-        self.tables = self.remote + (rows if header.has_remote else 0)
-        num_entries = header.num_decodes * header.table_width
-        num_entries += sum(segment.table_len for segment in header.prefills)
-        self.end = self.tables + _halves(num_entries)
+        self.sources = _aligned(rows)
+        self.positions = 2 * self.sources
+        self.slots = 3 * self.sources
+        self.seq_lens = 4 * self.sources
+        self.logits_rows = self.seq_lens + _aligned(-(-rows // 2))
+        self.draws = self.logits_rows + _aligned(header.num_logits)
+        self.remote = self.draws + _aligned(DRAW_COLUMNS * header.num_draws)
+        self.tables = self.remote + _aligned(rows if header.has_remote else 0)
+        # int32 entries behind `tables`: where each prefill segment's table begins.
+        entry = _aligned32(header.num_decodes * header.table_width)
+        self.table_at: list[int] = []
+        for segment in header.prefills:
+            self.table_at.append(entry)
+            entry += _aligned32(segment.table_len)
+        self.end = self.tables + entry // 2
 
 
-def max_words(max_rows: int, max_num_seqs: int, table_width: int, max_prefill_blocks: int) -> int:
-    """An upper bound of `Words.end`."""
-    per_row = 6 * max_rows
-    per_request = max_num_seqs * (1 + DRAW_COLUMNS)
-    tables = _halves(max_num_seqs * table_width + max_prefill_blocks)
-    return per_row + per_request + tables
+def max_words(max_rows: int, max_num_seqs: int, table_width: int) -> int:
+    """An upper bound of `Words.end`: each request is one decode or one segment of a step."""
+    # token_ids, sources, positions, slots, half of seq_lens, logits_rows (a row a token where
+    # prompts' log-probabilities are asked for), remote
+    rows = 7 * _aligned(max_rows)
+    per_request = _aligned(DRAW_COLUMNS * max_num_seqs)
+    tables = max_num_seqs * _aligned32(table_width) // 2
+    return rows + per_request + tables
 
 
-def _halves(num_int32: int) -> int:
-    return -(-num_int32 // 2)
+def _aligned(num_words: int) -> int:
+    return -(-num_words // _ALIGNMENT) * _ALIGNMENT
+
+
+def _aligned32(num_int32: int) -> int:
+    return 2 * _aligned(-(-num_int32 // 2))

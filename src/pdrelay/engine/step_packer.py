@@ -32,11 +32,17 @@ class StepPacker:
     """Packs plans of one engine; keeps the block tables of running requests between steps."""
 
     def __init__(
-        self, *, block_size: int, max_num_seqs: int, table_width: int, bucket_of: BucketOf
+        self,
+        *,
+        block_size: int,
+        max_num_seqs: int,
+        first_host_token: int,
+        table_width: int,
+        bucket_of: BucketOf,
     ) -> None:
         """`bucket_of(num_decodes)`: rows of the graph that runs so many, None without one."""
         self._block_size = block_size
-        self._max_num_seqs = max_num_seqs
+        self._first_host_token = first_host_token
         self._bucket_of = bucket_of
         self._tables = BlockTableRows(2 * max_num_seqs, table_width)
 
@@ -79,8 +85,8 @@ class StepPacker:
         )
         at = header.words()
         assert at.end <= len(words)
-        words[at.token_ids : at.sources] = 0
-        words[at.sources : at.positions] = np.arange(self._max_num_seqs, self._max_num_seqs + rows)
+        words[: at.sources] = 0
+        words[at.sources : at.sources + rows] = np.arange(rows) + self._first_host_token
         words[at.positions : at.slots] = 0
         words[at.slots : at.seq_lens] = -1
         words[at.seq_lens : at.logits_rows] = 0
@@ -88,12 +94,12 @@ class StepPacker:
         if decodes:
             self._pack_decodes(decodes, header, sampled_rows, known_tokens, words, entries)
         self._pack_prefills(others, header, words, entries)
-        words[at.logits_rows : at.draws] = logits_rows
+        words[at.logits_rows : at.logits_rows + len(logits_rows)] = logits_rows
         if sampling.draws is not None:
-            draws = words[at.draws : at.remote].view(np.float64)
+            draws = words[at.draws : at.draws + sampling.draws.size].view(np.float64)
             draws.reshape(DRAW_COLUMNS, -1)[:] = sampling.draws
         if remote_slots is not None:
-            words[at.remote : at.tables] = remote_slots
+            words[at.remote : at.remote + rows] = remote_slots
         return header
 
     def _segments(self, chunks: Sequence[Chunk], first_row: int) -> tuple[Prefill, ...]:
@@ -146,8 +152,7 @@ class StepPacker:
         entries: np.ndarray,
     ) -> None:
         at, size = header.words(), self._block_size
-        entry = header.num_decodes * header.table_width
-        for chunk, segment in zip(chunks, header.prefills, strict=True):
+        for chunk, segment, entry in zip(chunks, header.prefills, at.table_at, strict=True):
             assert not chunk.token_pending
             request, start, length = chunk.request, chunk.start, chunk.length
             table = np.asarray(request.block_table, dtype=np.int64)
@@ -160,7 +165,6 @@ class StepPacker:
             words[at.positions + first : at.positions + last] = position
             words[at.slots + first : at.slots + last] = slots
             entries[entry : entry + segment.table_len] = table[: segment.table_len]
-            entry += segment.table_len
 
 
 def _logits_rows(chunks: Sequence[Chunk]) -> list[int]:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from pdrelay.core.block_manager import BlockManager
 from pdrelay.core.messages import EngineRequest
 from pdrelay.core.request import Request
 from pdrelay.core.sampling_params import SamplingParams
-from pdrelay.core.scheduler import Scheduler, SchedulerConfig
-from pdrelay.engine.step import Runner
+from pdrelay.core.scheduler import Scheduler, SchedulerConfig, StepPlan
+from pdrelay.engine.step import RemoteSlots, Runner
 
 _DECODE_STEPS = 4
 _TOGETHER = (1, 17, 130, 600)
@@ -25,16 +30,19 @@ def warm_up(
     vocab_size: int,
     max_model_len: int,
     on_gpu: bool = False,
+    remote_pool: Any = None,
 ) -> None:
     """Prefill prompts of several lengths and decode a few tokens, on a scheduler of its own.
 
     `on_gpu`: more lengths, up to a prompt in two chunks; cheap there, seconds on a CPU.
+    `remote_pool`: run prompts also as steps that store into a peer's pages, this pool, but nothing.
     """
     longest = min(max_model_len, num_blocks * config.block_size) - _DECODE_STEPS
     groups: list[Sequence[int]] = [_TOGETHER]
     if on_gpu:
         groups += [(n,) for n in (*_ALONE, config.max_num_batched_tokens + 100)]
-    for temperature in (0.0, 1.0):
+    runs = [(0.0, None), (1.0, None)] + [(0.0, remote_pool)] * (remote_pool is not None)
+    for temperature, pool in runs:
         for lengths in groups:
             scheduler = Scheduler(config, BlockManager(num_blocks, enable_prefix_caching=False))
             for length in lengths:
@@ -42,8 +50,24 @@ def warm_up(
                     scheduler.add(_request(length, vocab_size, temperature))
             while scheduler.has_work:
                 plan = scheduler.schedule()
-                tokens = runner.launch(plan, None, None).result()
+                remote = None if pool is None else _nowhere(plan, pool)
+                tokens = runner.launch(plan, None, remote).result()
                 scheduler.update(plan, tokens.token_ids)
+
+
+@dataclass(frozen=True)
+class _Nowhere:
+    """Remote slots of no row."""
+
+    tensor: Any
+    slots: npt.NDArray[np.int64]
+
+
+def _nowhere(plan: StepPlan, pool: Any) -> RemoteSlots | None:
+    """For steps with prompts, as only those store into a peer's pages."""
+    if all(chunk.is_decode for chunk in plan.chunks):
+        return None
+    return _Nowhere(pool, np.full(sum(chunk.length for chunk in plan.chunks), -1, np.int64))
 
 
 def _request(length: int, vocab_size: int, temperature: float) -> Request:

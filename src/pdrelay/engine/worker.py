@@ -25,6 +25,7 @@ from pdrelay.core.messages import Fatal, Ready, Role, ToWorker
 from pdrelay.core.rank_config import RankConfig, read_rank_config
 from pdrelay.core.scheduler import Scheduler, SchedulerConfig
 from pdrelay.core.time_slice import request_short_slices
+from pdrelay.engine.batch import BatchInput
 from pdrelay.engine.communicator import Communicator, connect_ranks
 from pdrelay.engine.consumer import Consumer
 from pdrelay.engine.cuda_engine import (
@@ -43,12 +44,14 @@ from pdrelay.engine.producer import Producer
 from pdrelay.engine.runner import ModelRunner, forward
 from pdrelay.engine.startup_clock import StartupClock
 from pdrelay.engine.step import Runner
+from pdrelay.engine.step_input import StepMessage
 from pdrelay.engine.tp_link import Follower, Leader
 from pdrelay.engine.warmup import warm_up
 from pdrelay.errors import LaunchError, PdrelayError
 from pdrelay.model.config import ModelConfig, kv_layout, load_model_config
 from pdrelay.transport.base import Transport
 from pdrelay.transport.checksum import checksum
+from pdrelay.transport.device import DevicePages
 from pdrelay.transport.pages import SharedPages
 from pdrelay.transport.registry import TransportOptions, create_transport
 
@@ -62,7 +65,7 @@ class Rank:
     config: RankConfig
     model_config: ModelConfig
     layout: KVLayout
-    pages: SharedPages | None  # on CPU
+    pages: SharedPages | DevicePages
     kv_pool: torch.Tensor
     model: CausalLM
     startup: StartupClock
@@ -109,16 +112,19 @@ def _on_cuda(
     communicator: Communicator,
     startup: StartupClock,
 ) -> Rank:
+    from pdrelay.transport.cuda.pages import CudaPages
+
     limits = step_limits(config)
     with startup.phase("memory profile"):
         prepare_backend(model, model_config, limits, config.world_size)
         one_block = _layout(config, model_config, 1)
         num_blocks = size_pool(config, model_config, model, communicator, one_block)
     layout = _layout(config, model_config, num_blocks)
-    kv_pool = torch.empty(layout.shape, dtype=getattr(torch, config.dtype), device=config.device)
-    engine = build_engine(model, kv_pool, limits, startup)
+    with startup.phase("KV pool"):
+        pages = CudaPages.create(layout, torch.cuda.current_device())
+    engine = build_engine(model, pages.tensor, limits, startup)
     config = msgspec.structs.replace(config, num_blocks=num_blocks)
-    return Rank(config, model_config, layout, None, kv_pool, model, startup, engine)
+    return Rank(config, model_config, layout, pages, pages.tensor, model, startup, engine)
 
 
 def _rendezvous_path(config: RankConfig, what: str) -> str:
@@ -150,11 +156,9 @@ def follow(config: RankConfig) -> None:
     follower.close()
 
 
-def _transport(config: RankConfig, pages: SharedPages | None) -> Transport | None:
+def _transport(config: RankConfig, pages: SharedPages | DevicePages) -> Transport | None:
     if not config.transport:
         return None
-    if pages is None:
-        raise LaunchError("hand-over between GPUs is not in this version: use --device cpu")
     options = TransportOptions(
         timeout_s=config.kv_transfer_timeout_s,
         pool=config.pool,
@@ -167,7 +171,9 @@ def _transport(config: RankConfig, pages: SharedPages | None) -> Transport | Non
 def lead(config: RankConfig, control: Channel[ToWorker]) -> None:
     """Rank 0: build everything, report Ready, run the loop."""
     followers = config.world_size - 1
-    leader = Leader(_rendezvous_path(config, "tp"), followers, _TP_TIMEOUT_S) if followers else None
+    message = BatchInput if config.device == "cpu" else StepMessage
+    path = _rendezvous_path(config, "tp")
+    leader = Leader(path, followers, _TP_TIMEOUT_S, message) if followers else None
     communicator = _communicator(config)
     rank = build_rank(config, communicator)
     config = rank.config
@@ -188,6 +194,7 @@ def lead(config: RankConfig, control: Channel[ToWorker]) -> None:
     runner: Runner
     if rank.cuda is not None:
         runner = rank.cuda.runner
+        runner.broadcast = leader.broadcast if leader else None
     else:
         broadcast = leader.broadcast if leader else None
         runner = ModelRunner(rank.model, rank.kv_pool, config.block_size, broadcast)
@@ -199,6 +206,7 @@ def lead(config: RankConfig, control: Channel[ToWorker]) -> None:
             vocab_size=rank.model_config.vocab_size,
             max_model_len=config.max_model_len,
             on_gpu=rank.cuda is not None,
+            remote_pool=rank.kv_pool if rank.cuda and config.role is Role.PREFILL else None,
         )
     outbox = Outbox()
     producer, consumer = _peers(rank, transport, scheduler, outbox)
@@ -216,7 +224,7 @@ def lead(config: RankConfig, control: Channel[ToWorker]) -> None:
         transport=transport,
         clock=monotonic_ns,
         prefix_writer=prefix_writer,
-        remote_of=getattr(producer, "remote_store", None),
+        remote_of=None if producer is None else producer.remote_store,
     )
     settle_heap()
     print(f"start-up: {rank.startup}", flush=True)
@@ -235,7 +243,6 @@ def _peers(
     config = rank.config
     if transport is None or config.role is Role.BOTH:
         return None, None
-    assert rank.pages is not None
     verify = partial(checksum, rank.pages, mode=config.verify)
     if config.role is Role.PREFILL:
         producer = Producer(
