@@ -99,7 +99,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--sizes", default="8,32,128,512", help="blocks a hand-over")
     parser.add_argument("--transports", default="")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda; host or process to rehearse cuda")
+    parser.add_argument(
+        "--device", default="cpu", help="cpu or cuda; host or process to rehearse cuda"
+    )
     parser.add_argument("--seconds", type=float, default=100.0, help="cuda: begin nothing later")
     parser.add_argument("--peer", type=int, default=-1, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

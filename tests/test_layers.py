@@ -20,6 +20,8 @@ RANKS = {
     "engine": 4,
     "integrations": 5,
     "launch": 6,
+    "doctor": 6,  # its preflight asks launch; launch asks its diagnose
+    "telemetry": 6,
     "router": 7,
     "bench": 8,
     "lab": 9,
@@ -28,7 +30,18 @@ RANKS = {
     "cli": 11,
     "__main__": 12,
 }
-TORCH_FREE = ("core", "model", "transport", "launch", "router", "bench", "lab", "cli")
+TORCH_FREE = (
+    "core",
+    "model",
+    "transport",
+    "launch",
+    "doctor",
+    "telemetry",
+    "router",
+    "bench",
+    "lab",
+    "cli",
+)
 # Behind a seam of a torch-free layer: imported by name, inside functions, when a rank has a GPU.
 DEVICE_PACKAGES = ("pdrelay.transport.cuda",)
 

@@ -17,21 +17,30 @@ from typing import Any, Protocol
 
 from aiohttp import web
 
+from pdrelay.core.endpoint import HttpEndpoint
+from pdrelay.core.heap import settle_heap
 from pdrelay.errors import LaunchError, TransportError
+from pdrelay.launch.attached import AttachedInstance, Attachments
 from pdrelay.launch.config import ServeConfig
-from pdrelay.launch.host import inspect_host
+from pdrelay.launch.driver import Driver
+from pdrelay.launch.external import (
+    attached_endpoints,
+    describe_external,
+    external_plan,
+    make_driver,
+)
+from pdrelay.launch.host import Host, inspect_host
 from pdrelay.launch.instance import Listener
 from pdrelay.launch.listen import BACKLOG, listen, url_of
+from pdrelay.launch.native_driver import WORKER_COMMAND, NativeDriver, RankPlan
 from pdrelay.launch.plan import Plan
 from pdrelay.launch.preflight import check_files, check_memory, check_topology, describe
-from pdrelay.launch.process import WORKER_COMMAND
-from pdrelay.launch.ranks import RankPlan
 from pdrelay.launch.ready_file import write_ready_file
 from pdrelay.launch.resolve import resolve
 from pdrelay.launch.run_dir import RunDir
 from pdrelay.launch.shared_pool import SharedPool, open_shared_pool
 from pdrelay.launch.stop_signals import StopSignals
-from pdrelay.launch.supervisor import State, Supervisor, SupervisorOptions
+from pdrelay.launch.supervisor import Supervisor, SupervisorOptions
 from pdrelay.launch.topology import InstanceSpec, instances
 from pdrelay.model.config import load_model_config
 
@@ -47,7 +56,10 @@ class FrontDoor(Listener, Protocol):
     def drain_workers(self) -> None:
         """Tell every worker to finish what runs and exit."""
 
-    def close(self) -> None:
+    def attach(self, instance: AttachedInstance, endpoint: HttpEndpoint) -> None:
+        """Talk to an instance that was started elsewhere."""
+
+    async def close(self) -> None:
         """Flush and release what it holds. Called once, last."""
 
 
@@ -75,22 +87,36 @@ def run_server(
         level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     host = inspect_host()
-    model = load_model_config(config.engine.model)
-    check_topology(config, host)
-    resolved = resolve(config, model, host)
-    check_memory(config, resolved, host)
+    native = config.engine.engine == "native"
+    plan = native_plan(config, host) if native else external_plan(config, host)
     check_files(config, host)
-    plan = Plan(config, model, resolved, instances(config.topology))
     with contextlib.ExitStack() as stack:
         sock = stack.enter_context(contextlib.closing(listen(config.host, config.port)))
         run_dir = stack.enter_context(RunDir())
         pool = stack.enter_context(
-            contextlib.closing(open_shared_pool(resolved.transport, resolved.layout))
+            contextlib.closing(open_shared_pool(plan.resolved.transport, plan.resolved.layout))
         )
-        for line in describe(config, resolved, host):
+        driver: Driver | None = None
+        lines = describe(config, plan.resolved, host) if native else describe_external(plan)
+        if native:
+            ranks = RankPlan(config, plan.resolved, run_dir, pool.description, pool.fd)
+            driver = NativeDriver(ranks, command)
+        elif not config.external.attach:
+            driver, more = make_driver(plan, host, run_dir, stack)
+            lines += more
+        for line in lines:
             _say(line)
-        asyncio.run(_run(plan, sock, run_dir, pool, command, make_front_door))
+        asyncio.run(_run(plan, sock, driver, pool, make_front_door))
     return 0
+
+
+def native_plan(config: ServeConfig, host: Host) -> Plan:
+    """Raises ConfigError for what cannot run here, before any process starts."""
+    model = load_model_config(config.engine.model)
+    check_topology(config, host)
+    resolved = resolve(config, model, host)
+    check_memory(config, resolved, host)
+    return Plan(config, model, resolved, instances(config.topology))
 
 
 async def _run(plan: Plan, *parts: Any) -> None:
@@ -115,9 +141,8 @@ class _Server:
         self,
         plan: Plan,
         sock: socket,
-        run_dir: RunDir,
+        driver: Driver | None,
         pool: SharedPool,
-        command: Sequence[str],
         make_front_door: FrontDoorFactory,
     ) -> None:
         self._plan = plan
@@ -126,27 +151,31 @@ class _Server:
         self._pool = pool
         self._url = url_of(sock)
         self._front_door = make_front_door(plan, self._down)
-        self._supervisor = Supervisor(
+        self._supervisor = self._supervise(plan, driver)
+        self._closing: asyncio.Task[None] | None = None
+
+    def _supervise(self, plan: Plan, driver: Driver | None) -> Supervisor | Attachments:
+        if driver is None:
+            return Attachments(
+                attached_endpoints(plan),
+                self._front_door.attach,
+                startup_timeout_s=plan.config.startup_timeout_s,
+            )
+        return Supervisor(
             plan.specs,
-            RankPlan(plan.config, plan.resolved, run_dir, pool.description, pool.fd),
+            driver,
             self._front_door,
             options=SupervisorOptions(
                 startup_timeout_s=plan.config.startup_timeout_s,
                 worker_timeout_s=plan.config.worker_timeout_s,
             ),
-            command=command,
             log=_log,
             on_death=self._reclaim,
         )
-        self._closing: asyncio.Task[None] | None = None
 
     def _down(self) -> dict[str, str]:
         """Instance id to why it is down, of those that are not ready."""
-        return {
-            instance: f"{state}: {reason}" if reason else str(state)
-            for instance, (state, reason) in self._supervisor.states().items()
-            if state is not State.READY
-        }
+        return self._supervisor.down()
 
     def _reclaim(self, spec: InstanceSpec) -> None:
         try:
@@ -166,7 +195,7 @@ class _Server:
                 self._remove_ready_file()
                 await self._supervisor.stop()
                 await _within(self._close_http(), _CLOSE_S)
-                self._front_door.close()
+                await self._front_door.close()
 
     def _close_http(self) -> asyncio.Task[None]:
         """Stop accepting and wait for handlers: begun once, awaited by whoever needs it."""
@@ -179,6 +208,7 @@ class _Server:
         started = time.monotonic()
         if not await _unless(asyncio.create_task(self._supervisor.start()), stop.drain):
             return
+        settle_heap()
         self._announce(time.monotonic() - started)
         await stop.drain.wait()
         _say("pdrelay is draining; a second signal ends it at once")

@@ -38,8 +38,8 @@ def test_everything_at_once(tmp_path):
     assert chosen.experiments == ("ttft", "interference")
     assert chosen.trace.time_scale == 0.5
     assert (chosen.trace.max_input_len, chosen.trace.max_output_len) == (100, 9)
-    assert chosen.serve_args == (
-        "--transport", "tcp", "--engine", "native", "--device", "cpu", "--dtype", "float32"
+    assert chosen.args_of(chosen.topologies[0]) == (
+        "--device", "cpu", "--dtype", "float32", "--transport", "tcp"
     )  # fmt: skip
     assert (chosen.repeats, chosen.seed, chosen.scale.budget_s) == (3, 7, 99.0)
     assert (chosen.slo.ttft_ms, chosen.slo.tpot_ms) == (9, None)
@@ -64,7 +64,7 @@ def test_everything_at_once(tmp_path):
         (["--trace", "no-such-file"], "is no file"),
         (["--time-limit", "nan"], "--time-limit"),
         (["--transport", "pigeon"], "--transport"),
-        (["--engine", "vllm"], "--engine"),
+        (["--engine", "vlm"], "--engine"),
         (["--dtype", "float16"], "--dtype"),
         (["--goodput", "ttft:-1"], "ttft:-1"),
         (["--qick"], "--quick"),

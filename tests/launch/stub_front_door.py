@@ -155,7 +155,7 @@ class StubFrontDoor(StubListener):
         for link in self.links.values():
             link.send(Drain())
 
-    def close(self) -> None:
+    async def close(self) -> None:
         for link in self.links.values():
             link.close()
 

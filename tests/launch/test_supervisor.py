@@ -14,7 +14,7 @@ from stub_front_door import STUB_COMMAND, StubListener
 from pdrelay.errors import LaunchError
 from pdrelay.launch.config import EngineConfig, ServeConfig
 from pdrelay.launch.host import Host
-from pdrelay.launch.ranks import RankPlan
+from pdrelay.launch.native_driver import NativeDriver, RankPlan
 from pdrelay.launch.resolve import resolve
 from pdrelay.launch.restart_policy import RestartOptions
 from pdrelay.launch.run_dir import RunDir
@@ -39,10 +39,9 @@ class Rig:
         self.pids: list[int] = []
         self.supervisor = Supervisor(
             instances(topology),
-            RankPlan(config, resolved, run_dir),
+            NativeDriver(RankPlan(config, resolved, run_dir), command),
             self.listener,
             options=SupervisorOptions(**options),
-            command=command,
             log=self.lines.append,
             on_death=lambda spec: self.deaths.append(spec.instance),
         )
@@ -156,6 +155,8 @@ async def test_a_rank_takes_its_whole_instance_with_it(run_dir, victim):
         ("exit", "exited with status 3; its last line: the reason is on the last line"),
         ("fatal@replica-1", "no weights in the directory: download them again"),
         ("hang", "was not ready after 0.3 s"),
+        ("no-memory", "cause: the host's memory is used up or limited; fix: stop other"),
+        ("no-torch", "fix: pip install 'pdrelay[engine]'"),
         ("exit@replica-0.0", "replica-0"),
     ],
 )

@@ -9,12 +9,12 @@ import socket
 import sys
 
 import msgspec
-from fd_messages import recv_with_fds, send_with_fds
 
 from pdrelay.core.kv_layout import KVLayout
 from pdrelay.transport.base import Arrived
 from pdrelay.transport.checksum import checksum
 from pdrelay.transport.cuda.pages import CudaPages
+from pdrelay.transport.fds import recv_with_fds, send_with_fds
 from pdrelay.transport.registry import TransportOptions, create_transport
 
 

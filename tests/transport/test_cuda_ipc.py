@@ -10,12 +10,12 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from fd_messages import recv_with_fds, send_with_fds
 from transport_kit import make_keys
 
 from pdrelay.core.kv_layout import KVLayout
 from pdrelay.transport.base import Descriptor, Sent
 from pdrelay.transport.checksum import checksum
+from pdrelay.transport.fds import recv_with_fds, send_with_fds
 from pdrelay.transport.registry import TransportOptions, create_transport
 
 torch = pytest.importorskip("torch")

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from fd_messages import recv_with_fds, send_with_fds
 from transport_kit import Kit, Transfer, make_keys, open_fds
 
 from pdrelay.errors import PdrelayError, TransportError
 from pdrelay.transport.base import Arrived, Descriptor, Sent, TransferFailed
+from pdrelay.transport.fds import recv_with_fds, send_with_fds
 
 CONSUMER = """
 import socket, sys
 import msgspec
 from pdrelay.core.kv_layout import KVLayout
-from fd_messages import recv_with_fds, send_with_fds
+from pdrelay.transport.fds import recv_with_fds, send_with_fds
 from pdrelay.transport.pages import SharedPages
 from pdrelay.transport.registry import TransportOptions, create_transport
 name = sys.argv[2]
@@ -41,7 +41,7 @@ import socket, sys
 import msgspec
 from pdrelay.core.kv_layout import KVLayout
 from pdrelay.transport.base import Descriptor, Sent
-from fd_messages import recv_with_fds, send_with_fds
+from pdrelay.transport.fds import recv_with_fds, send_with_fds
 from pdrelay.transport.pages import SharedPages
 from pdrelay.transport.registry import TransportOptions, create_transport
 name = sys.argv[2]

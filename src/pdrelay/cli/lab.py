@@ -34,8 +34,27 @@ _EXAMPLES = """\
 examples:
   pdrelay lab --quick
   pdrelay lab --topologies replicas:2,pd:1:1 --experiments 1,3 --out runs/hand-over
+  pdrelay lab --engines native,vllm --engine-python ~/vllm/bin/python --topologies replicas:2,pd:1:1
   pdrelay lab --experiments 2 --trace conv.csv --time-scale 0.5 --max-input-len 4096
 """
+
+ENGINES = ("native", "vllm", "sglang")  # lab.topology's, which would load too much for --help
+
+
+def _by_engine(value: object) -> dict[str, str]:
+    """`VALUE` for every production engine, `vllm=VALUE` for one; several of them."""
+    wanted = "a value, or one for an engine as in vllm=VALUE"
+    found: dict[str, str] = {}
+    for each in value if isinstance(value, list) else [value]:
+        if not isinstance(each, str) or not each.strip():
+            raise ValueError(wanted)
+        engine, separator, rest = each.partition("=")
+        if separator and engine in ENGINES[1:]:
+            found[engine] = rest
+        else:
+            found |= {name: each for name in ENGINES[1:] if name not in found}
+    return found
+
 
 GROUPS: Mapping[str, Sequence[Option]] = {
     "what": [
@@ -43,7 +62,8 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option(
             "topologies",
             text,
-            f"comma-separated replicas:N, tp:N, pd:PREFILL:DECODE ({DEFAULT_TOPOLOGIES})",
+            f"comma-separated replicas:N, tp:N, pd:PREFILL:DECODE ({DEFAULT_TOPOLOGIES}); an "
+            "engine may stand before them: vllm/pd:1:1, vllm+nixl/pd:1:1",
             "LIST",
         ),
         Option("experiments", text, "which of the four (1,2,3,4)", "LIST"),
@@ -71,15 +91,40 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("trace-duration", number(0.001, 1e9), "seconds of the trace to use", "S"),
     ],
     "servers": [
-        Option("transport", choice("mapped", "tcp", "pool"), "how KV moves (mapped)", "T"),
-        Option("engine", choice("native"), "native (default)", "NAME"),
+        Option(
+            "transport",
+            choice("mapped", "tcp", "pool"),
+            "how KV moves on the native engine (mapped)",
+            "T",
+        ),
+        Option(
+            "engines",
+            text,
+            "comma-separated native, vllm, sglang, for topologies that name none (native)",
+            "LIST",
+        ),
+        Option("engine", choice(*ENGINES), "the same for one engine", "NAME"),
+        Option(
+            "engine-python",
+            _by_engine,
+            "interpreter that has the engine: PATH, or vllm=PATH; repeat it",
+            "PATH",
+            repeats=True,
+        ),
+        Option(
+            "engine-args",
+            _by_engine,
+            "more arguments for the engine's instances: ARGS, or vllm=ARGS; repeat it",
+            "ARGS",
+            repeats=True,
+        ),
         Option("device", choice("auto", "cpu", "cuda"), "auto (default), cpu, cuda", "NAME"),
         Option("dtype", choice("auto", "float32", "bfloat16"), "auto (default)", "NAME"),
         Option("load-format", choice("auto", "dummy"), "auto (default), dummy", "NAME"),
         Option("max-model-len", integer(1, 1 << 24), "longest prompt + output", "N"),
     ],
 }
-_TO_SERVERS = ("engine", "device", "dtype", "load_format", "max_model_len")
+_TO_SERVERS = ("device", "dtype", "load_format", "max_model_len")
 _TRACE_ONLY = ("time_scale", "max_input_len", "max_output_len", "trace_duration")
 
 
@@ -127,7 +172,7 @@ def lab_config(args: argparse.Namespace) -> LabConfig:
     from dataclasses import replace
 
     from pdrelay.lab.config import FULL, QUICK, LabConfig
-    from pdrelay.lab.topology import parse_topologies
+    from pdrelay.lab.topology import on_engines, parse_topologies
 
     options = [option for group in GROUPS.values() for option in group]
     values = read_options(options, vars(args), None)
@@ -135,9 +180,10 @@ def lab_config(args: argparse.Namespace) -> LabConfig:
     if "time_limit" in values:
         scale = replace(scale, budget_s=values["time_limit"])
     model = values.get("model", DEFAULT_MODEL)
+    topologies = parse_topologies(values.get("topologies", DEFAULT_TOPOLOGIES))
     return LabConfig(
         model=model,
-        topologies=tuple(parse_topologies(values.get("topologies", DEFAULT_TOPOLOGIES))),
+        topologies=tuple(on_engines(topologies, _engines(values))),
         out=_out(values),
         scale=scale,
         quick=args.quick,
@@ -147,6 +193,7 @@ def lab_config(args: argparse.Namespace) -> LabConfig:
         seed=values.get("seed", 0),
         trace=_trace(values),
         serve_args=tuple(_serve_args(values)),
+        engine_serve_args={engine: _engine_args(engine, values) for engine in ENGINES},
         argv=("pdrelay", *sys.argv[1:]),
     )
 
@@ -201,10 +248,33 @@ def _trace(values: Mapping[str, Any]) -> TraceConfig | None:
     )
 
 
+def _engines(values: Mapping[str, Any]) -> list[str]:
+    """Raises ConfigError."""
+    if "engines" in values and "engine" in values:
+        raise ConfigError("--engine and --engines exclude each other: give one of them")
+    given = values.get("engines", values.get("engine", "native"))
+    engines = [part.strip() for part in given.split(",") if part.strip()]
+    unknown = [engine for engine in engines if engine not in ENGINES]
+    if unknown or not engines:
+        raise ConfigError(f"--engines is {given!r}; it must name some of {', '.join(ENGINES)}")
+    return engines
+
+
 def _serve_args(values: Mapping[str, Any]) -> list[str]:
-    """Flags for `pdrelay serve`; the transport is one of P/D but every topology takes it."""
+    """Flags for every `pdrelay serve`."""
     arguments: list[str] = []
-    for key in ("transport", *_TO_SERVERS):
+    for key in _TO_SERVERS:
         if key in values:
             arguments += [f"--{key.replace('_', '-')}", str(values[key])]
     return arguments
+
+
+def _engine_args(engine: str, values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Flags for servers on one engine; `=` because a value may begin with a dash."""
+    if engine == "native":
+        return ("--transport", values["transport"]) if "transport" in values else ()
+    return tuple(
+        f"--{key.replace('_', '-')}={values[key][engine]}"
+        for key in ("engine_python", "engine_args")
+        if engine in values.get(key, {})
+    )

@@ -30,6 +30,7 @@ class Option:
     metavar: str = ""
     is_switch: bool = False  # a flag without a value
     negatable: bool = False  # a switch with a --no- form
+    repeats: bool = False  # may be given several times; a list in a file
 
     @property
     def key(self) -> str:
@@ -106,6 +107,8 @@ def add_options(parser: argparse.ArgumentParser, groups: Mapping[str, Sequence[O
                 group.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
             elif option.is_switch:
                 group.add_argument(flag, action="store_true", **common)
+            elif option.repeats:
+                group.add_argument(flag, action="append", metavar=option.metavar, **common)
             else:
                 group.add_argument(flag, metavar=option.metavar, **common)
 

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 from pdrelay.cli.options import Option, choice, integer, number, read_options, switch, text
+from pdrelay.core.messages import Role
 from pdrelay.errors import ConfigError
-from pdrelay.launch.config import EngineConfig, ServeConfig, TransportConfig
-from pdrelay.launch.topology import make_topology
+from pdrelay.launch.config import (
+    Attach,
+    EngineConfig,
+    ExternalConfig,
+    ServeConfig,
+    TransportConfig,
+)
+from pdrelay.launch.topology import PrefillDecode, Replicas, Topology, make_topology
 from pdrelay.launch.units import parse_bytes
 
 _MAX_RANKS = 1024
@@ -31,6 +39,40 @@ def _byte_count(value: object) -> int:
     return num
 
 
+def _words(value: object) -> tuple[str, ...]:
+    """A command line's part, split as a shell does; a list in a file."""
+    if isinstance(value, list) and all(isinstance(each, str) for each in value):
+        return tuple(value)
+    try:
+        return tuple(shlex.split(value)) if isinstance(value, str) else ()
+    except ValueError:
+        raise ValueError("arguments with balanced quotes") from None
+
+
+def _attachments(value: object) -> tuple[Attach, ...]:
+    """`URL`, `prefill=URL`, `prefill=URL,BOOTSTRAP_PORT`, `decode=URL`, one or several."""
+    wanted = (
+        "http://HOST:PORT, prefill=http://HOST:PORT or decode=http://HOST:PORT; SGLang's prefill "
+        "with its bootstrap port, as prefill=http://HOST:PORT,8998"
+    )
+    given = value if isinstance(value, list) else [value]
+    found = []
+    for each in given:
+        if not isinstance(each, str):
+            raise ValueError(wanted)
+        role, separator, url = each.partition("=")
+        if not separator or role not in ("prefill", "decode"):
+            role, url = "both", each
+        url, comma, port = url.partition(",")
+        if comma and not (role == "prefill" and port.isascii() and port.isdecimal()):
+            raise ValueError(wanted)
+        if not url.startswith(("http://", "https://")) or not url.isprintable():
+            raise ValueError(wanted)
+        more = {"bootstrap_port": int(port)} if comma else {}
+        found.append(Attach(url.rstrip("/"), Role(role), **more))
+    return tuple(found)
+
+
 _COUNT = integer(1, _MAX_RANKS)
 _TOKENS = integer(1, _MAX_TOKENS)
 _SECONDS = number(0.001, _MAX_SECONDS)
@@ -44,7 +86,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option(
             "allow-oversubscribe",
             switch,
-            "start more ranks than there are CPU cores",
+            "start more ranks than there are CPU cores or GPUs",
             is_switch=True,
         ),
     ],
@@ -64,8 +106,18 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         ),
     ],
     "engine": [
-        Option("engine", choice("native"), "native (default)", "NAME"),
-        Option("device", choice("auto", "cpu", "cuda"), "auto (default), cpu, cuda", "NAME"),
+        Option(
+            "engine",
+            choice("native", "vllm", "sglang"),
+            "native (default), vllm, sglang: the last two as servers behind this front door",
+            "NAME",
+        ),
+        Option(
+            "device",
+            choice("auto", "cpu", "cuda"),
+            "auto (default: cuda where there are GPUs), cpu, cuda",
+            "NAME",
+        ),
         Option(
             "dtype",
             choice("auto", "float32", "bfloat16"),
@@ -83,13 +135,26 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option(
             "kv-cache-memory",
             _byte_count,
-            "KV pool of each rank, as bytes or like 2GiB (default: 256MiB or 10%% of the memory, "
-            "more for large models)",
+            "KV pool of each rank, as bytes or like 2GiB (default on CPU: 256MiB or 10%% of the "
+            "memory, more for large models; on GPUs: see --gpu-memory-utilization)",
             "BYTES",
         ),
-        Option("block-size", integer(1, 1024), "tokens a KV block (16)", "N"),
-        Option("max-num-seqs", integer(1, 65_536), "sequences in one step (64)", "N"),
-        Option("max-num-batched-tokens", _TOKENS, "token budget of one step (2048)", "N"),
+        Option(
+            "gpu-memory-utilization",
+            number(0.01, 1.0),
+            "part of each GPU's memory for weights, activations and KV cache (0.9)",
+            "X",
+        ),
+        Option("block-size", integer(1, 1024), "tokens a KV block (CPU: 16, GPU: 64)", "N"),
+        Option(
+            "max-num-seqs", integer(1, 65_536), "sequences in one step (CPU: 64, GPU: 256)", "N"
+        ),
+        Option(
+            "max-num-batched-tokens",
+            _TOKENS,
+            "token budget of one step (CPU: 2048, GPU: 8192)",
+            "N",
+        ),
         Option(
             "enable-prefix-caching",
             switch,
@@ -103,6 +168,36 @@ GROUPS: Mapping[str, Sequence[Option]] = {
             "compute threads of a rank (default: the cores but one, shared by the ranks; at "
             "least 1)",
             "N",
+        ),
+    ],
+    "production engines (--engine vllm, sglang)": [
+        Option(
+            "connector",
+            text,
+            "how their KV moves: auto (default), pdrelay or nixl with vllm, nixl or mooncake with "
+            "sglang",
+            "NAME",
+        ),
+        Option(
+            "dispatch",
+            choice("auto", "sequential", "concurrent"),
+            "vllm with connector pdrelay: prefill before decode, both at once, or auto (default: "
+            "what is right for the request's sampling parameters)",
+            "MODE",
+        ),
+        Option("engine-args", _words, "more arguments for every instance, as they are", "ARGS"),
+        Option(
+            "engine-python",
+            text,
+            "interpreter of the environment that has the engine (default: pdrelay's own)",
+            "PATH",
+        ),
+        Option(
+            "attach",
+            _attachments,
+            "route to an instance that runs already: URL, prefill=URL or decode=URL; repeat it",
+            "URL",
+            repeats=True,
         ),
     ],
     "front door": [
@@ -137,7 +232,14 @@ GROUPS: Mapping[str, Sequence[Option]] = {
 
 OPTIONS = [option for group in GROUPS.values() for option in group]
 _MODEL = Option("model", text, "the model")
-_NESTED = ("engine", "transport", "topology")  # fields that are configurations themselves
+_NATIVE_ONLY = ("block_size", "max_num_seqs", "max_num_batched_tokens", "transport")
+_EXTERNAL_ONLY = ("connector", "dispatch", "engine_args", "engine_python", "attach")
+_NESTED = (
+    "engine",
+    "transport",
+    "external",
+    "topology",
+)  # fields that are configurations themselves
 _RENAMED = {
     "kv_transfer_timeout": "kv_transfer_timeout_s",
     "kv_transfer_verify": "verify",
@@ -157,14 +259,51 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
             "no model: give a Hugging Face directory or a built-in shape, "
             "as in 'pdrelay serve tiny'"
         )
-    counts = _counts(args, values)
+    _check_engine(values)
     renamed = {_RENAMED.get(key, key): value for key, value in values.items()}
     return ServeConfig(
         engine=EngineConfig(**_only(EngineConfig, renamed)),
         transport=TransportConfig(**_only(TransportConfig, renamed)),
-        topology=make_topology(*counts),
+        external=ExternalConfig(**_only(ExternalConfig, renamed)),
+        topology=_topology(args, values),
         **_only(ServeConfig, {k: v for k, v in renamed.items() if k not in _NESTED}),
     )
+
+
+def _check_engine(values: Mapping[str, Any]) -> None:
+    """Raises ConfigError for an option that the chosen engine does not have."""
+    engine = values.get("engine", "native")
+    for key in _EXTERNAL_ONLY if engine == "native" else _NATIVE_ONLY:
+        if key not in values:
+            continue
+        flag = "--" + key.replace("_", "-")
+        fix = (
+            "it needs --engine vllm or sglang"
+            if engine == "native"
+            else f"give {engine}'s own in --engine-args"
+        )
+        raise ConfigError(f"{flag} is not for --engine {engine}: {fix}")
+    if engine == "sglang" and "dispatch" in values:
+        raise ConfigError("--dispatch is not for --engine sglang: its protocol has one way")
+
+
+def _topology(args: argparse.Namespace, values: Mapping[str, Any]) -> Topology:
+    attached: tuple[Attach, ...] = values.get("attach", ())
+    counts = _counts(args, values)
+    if not attached:
+        return make_topology(*counts)
+    if any(count is not None for count in counts):
+        raise ConfigError("--attach says what there is: leave --replicas, --tp, --prefill out")
+    roles = [each.role for each in attached]
+    prefill, decode = roles.count(Role.PREFILL), roles.count(Role.DECODE)
+    if not prefill and not decode:
+        return Replicas(len(attached))
+    if not prefill or not decode or prefill + decode < len(attached):
+        raise ConfigError(
+            "--attach needs URLs of one kind: all plain (replicas), or prefill=URL and decode=URL, "
+            "at least one of each"
+        )
+    return PrefillDecode(prefill, decode)
 
 
 def _counts(

@@ -143,6 +143,11 @@ class HandOver:
         return pieces
 
     @property
+    def all_ready(self) -> bool:
+        """Every page was written."""
+        return all(ready == self.num_blocks for ready in self._ready)
+
+    @property
     def all_sent(self) -> bool:
         """Every page was given to the transport or is stored."""
         return not self._num_storing and all(sent == self.num_blocks for sent in self._sent)

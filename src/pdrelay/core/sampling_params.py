@@ -14,6 +14,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
     max_tokens: int  # output tokens, >= 1; already capped to the context
     seed: int  # the noise of output token i is a function of (seed, i) alone
+    client_seed: bool = False  # the client chose `seed`: engines that pay for seeds need one
     min_tokens: int = 0  # end-of-sequence and stop ids are barred before this many output tokens
     temperature: float = 1.0  # 0 is greedy
     top_k: int = 0  # 0: off

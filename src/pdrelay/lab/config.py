@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pdrelay.bench.slo import Slo
 from pdrelay.lab.rundir import EXPERIMENTS
-from pdrelay.lab.topology import LabTopology
+from pdrelay.lab.topology import NATIVE, LabTopology
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ class LabConfig:
     seed: int = 0
     trace: TraceConfig | None = None
     serve_args: tuple[str, ...] = ()  # passed to every server
+    engine_serve_args: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by engine
     startup_timeout_s: float = 300.0
     request_timeout_s: float = 120.0
     argv: tuple[str, ...] = field(default=())
@@ -109,6 +111,10 @@ class LabConfig:
         """One replica when it is among the topologies, else the first."""
         single = [t for t in self.topologies if t.kind == "replicas" and t.counts == (1,)]
         return (single or list(self.topologies))[0]
+
+    def args_of(self, topology: LabTopology) -> tuple[str, ...]:
+        """Flags of `pdrelay serve` beside the topology's own."""
+        return (*self.serve_args, *self.engine_serve_args.get(topology.engine or NATIVE, ()))
 
     def as_json(self) -> dict[str, Any]:
         """For run.json: plain values, the topologies by name."""

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import msgspec
 
+from pdrelay import __version__
 from pdrelay.core.kv_layout import KVLayout
 from pdrelay.errors import LaunchError
 from pdrelay.lab.rundir import WorkerInfo
@@ -41,6 +42,14 @@ class ServerHandle(Protocol):
 
     async def stop(self) -> None:
         """Drain and end it. Idempotent."""
+
+
+def engine_in(workers: Sequence[WorkerInfo]) -> str:
+    """The engine and its version, as the server's instances report it."""
+    resolved = next((worker.resolved for worker in workers if worker.resolved), {})
+    if "engine" not in resolved:
+        return f"native {__version__}"
+    return f"{resolved['engine']} {resolved.get('engine_version', 'unknown')}"
 
 
 class Launcher(Protocol):

@@ -40,7 +40,7 @@ from pdrelay.lab.report.figures import (
     TtftRow,
     Verdict,
 )
-from pdrelay.lab.topology import is_pd
+from pdrelay.lab.topology import engine_of, is_pd
 
 MATERIAL = 1.05  # smaller differences are not called differences
 PROTECTED = 2.0
@@ -69,11 +69,16 @@ def verdict(
     interference: list[InterferenceRow],
     flags: list[CaseFlag],
 ) -> Verdict:
-    """The verdict on the first P/D topology against its rivals."""
+    """The verdict on the first P/D topology against its rivals, on as many GPUs and one engine."""
     pd = next((t for t in topologies if is_pd(t.name)), None)
     if pd is None:
         return _no_evidence("No P/D topology was measured.")
-    rivals = [t for t in topologies if not is_pd(t.name) and t.num_gpus == pd.num_gpus]
+    engine = engine_of(pd.name)
+    rivals = [
+        t
+        for t in topologies
+        if not is_pd(t.name) and t.num_gpus == pd.num_gpus and engine_of(t.name) == engine
+    ]
     if not rivals:
         return _no_evidence(
             f"No co-located topology on {pd.num_gpus} GPUs was measured beside {pd.label}, so "

@@ -1,50 +1,52 @@
-"""One incarnation of one instance: its ranks, its control socket, and how it ended."""
+"""One incarnation of one instance: its processes, how to reach it, and how it ended."""
 
 from __future__ import annotations
 
 import asyncio
+import re
 import signal
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 from pdrelay.core.messages import Ready
-from pdrelay.core.rank_config import RankConfig
+from pdrelay.doctor import diagnose
 from pdrelay.errors import LaunchError
-from pdrelay.launch.process import RankProcess
+from pdrelay.launch.driver import Control, Driver, ProcessSpec
+from pdrelay.launch.process import EngineProcess
 from pdrelay.launch.topology import InstanceSpec
 
+_EXCEPTION = re.compile(r"\w*(?:Error|Exception): ")
 _CLOSE_GRACE_S = 1.0  # between a control socket's end and the exit of its rank, either way round
 
 
 class Listener(Protocol):
-    """Who talks to the ranks. Called on the event loop; must not block or raise."""
+    """Who talks to the instances. Called on the event loop; must not block or raise."""
 
-    def on_started(self, instance: Instance, sock: socket.socket) -> None:
-        """Take over `sock`, the non-blocking control socket of rank 0.
+    def on_started(self, instance: Instance, control: Control) -> None:
+        """Take over `control`: the non-blocking control socket of rank 0, or an HTTP endpoint.
 
-        From then on report what arrives: `instance.report_ready`, `report_alive` for each Pong,
-        `report_fatal`, and `report_closed` at the socket's end.
+        From then on report what arrives: `instance.report_ready`, `report_alive` for each sign of
+        life, `report_fatal`, and `report_closed` at a control socket's end.
         """
 
     def on_exited(self, instance: Instance, reason: str) -> None:
-        """Every rank of the incarnation is gone and reaped. `reason` is one line."""
+        """Every process of the incarnation is gone and reaped. `reason` is one line."""
 
 
 class Instance:
-    """Spawns its ranks when made; `on_ended(self)` follows exactly once, when all are reaped.
+    """Spawns its processes when made; `on_ended(self)` follows exactly once, when all are reaped.
 
-    Raises LaunchError when a rank cannot be started; nothing is left behind then.
+    Raises LaunchError when one cannot be started; nothing is left behind then.
     """
 
     def __init__(
         self,
         spec: InstanceSpec,
         incarnation: int,
-        make_ranks: Callable[[int], Sequence[RankConfig]],
+        driver: Driver,
         *,
-        command: Sequence[str],
         listener: Listener,
         log: Callable[[str], None],
         on_ended: Callable[[Instance], None],
@@ -57,6 +59,7 @@ class Instance:
         self.ended = asyncio.Event()
         self.reason = ""
         self._fatal = ""
+        self._driver = driver
         self._listener = listener
         self._on_ended = on_ended
         self._on_ready = on_ready
@@ -64,40 +67,32 @@ class Instance:
         self._closed = False
         self._abandoned = False  # the listener never heard of it
         self._cause = ""  # why we killed it
-        self._first_exit: RankProcess | None = None
+        self._first_exit: EngineProcess | None = None
         self._grace_timer: asyncio.TimerHandle | None = None
-        self.ranks: list[RankProcess] = []
-        self._spawn(make_ranks, command, log)
+        self.ranks: list[EngineProcess] = []
+        self._spawn(log)
 
-    def _spawn(
-        self,
-        make_ranks: Callable[[int], Sequence[RankConfig]],
-        command: Sequence[str],
-        log: Callable[[str], None],
-    ) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        ours.setblocking(False)
+    def _spawn(self, log: Callable[[str], None]) -> None:
+        launch = self._driver.launch(self.spec, self.incarnation)
+        control = launch.control
+        self._closed = not isinstance(control, socket.socket)  # HTTP has no last words
         try:
-            with theirs:
-                for config in make_ranks(theirs.fileno()):
-                    self._spawn_rank(config, command, log)
+            for spec in launch.processes:
+                self._spawn_process(spec, log)
         except BaseException:
-            ours.close()
+            if isinstance(control, socket.socket):
+                control.close()
             self._abandoned = True
             self.kill("")
             raise
-        self._listener.on_started(self, ours)
+        finally:
+            for each in launch.handed_over:
+                each.close()
+        self._listener.on_started(self, control)
 
-    def _spawn_rank(
-        self, config: RankConfig, command: Sequence[str], log: Callable[[str], None]
-    ) -> None:
-        prefix = f"[{config.instance}.{config.rank}] "
-        process = RankProcess(
-            config,
-            command=command,
-            pass_fds=[fd for fd in (config.control_fd, config.pool_fd) if fd >= 0],
-            sink=lambda line: log(prefix + line),
-            on_exit=self._rank_exited,
+    def _spawn_process(self, spec: ProcessSpec, log: Callable[[str], None]) -> None:
+        process = EngineProcess(
+            spec, sink=lambda line: log(spec.prefix + line), on_exit=self._rank_exited
         )
         self.ranks.append(process)
 
@@ -107,7 +102,7 @@ class Instance:
 
     @property
     def pids(self) -> list[int]:
-        return [rank.pid for rank in self.ranks]
+        return [pid for rank in self.ranks for pid in rank.pids]
 
     # ---- what the listener reports
 
@@ -140,10 +135,15 @@ class Instance:
         self.send_signal(signal.SIGKILL)
 
     @property
+    def explained(self) -> bool:
+        """Whether the rank itself gave cause and fix, and not only an exception's name."""
+        return bool(self._fatal) and _EXCEPTION.match(self._fatal) is None
+
+    @property
     def _all_exited(self) -> bool:
         return all(rank.returncode is not None for rank in self.ranks)
 
-    def _rank_exited(self, rank: RankProcess) -> None:
+    def _rank_exited(self, rank: EngineProcess) -> None:
         if self._first_exit is None:
             self._first_exit = rank
             self.send_signal(signal.SIGKILL)  # an instance lives and dies as a whole
@@ -179,11 +179,14 @@ class Instance:
         assert rank is not None
         if self._fatal and rank is self.ranks[0]:
             return self._fatal
-        how = self._cause or f"rank {rank.config.rank} {rank.describe_exit()}"
-        last = rank.log.last_line()
-        return f"{self.instance} {how}; its last line: {last}" if last else f"{self.instance} {how}"
+        how = self._cause or f"{rank.spec.label} {rank.describe_exit()}"
+        why = self._driver.explain(rank.log.tail)
+        return f"{self.instance} {how}; {why}" if why else f"{self.instance} {how}"
 
 
 def launch_error(instance: Instance) -> LaunchError:
-    """Why `instance`, which has ended, never became ready."""
-    return LaunchError(f"worker {instance.instance} did not start: {instance.reason}")
+    """Why `instance`, which has ended, never became ready, and the fix where its log shows one."""
+    said = [line for rank in instance.ranks for line in rank.log.tail]
+    findings = diagnose("\n".join([*said, instance.reason]))
+    known = f"; {findings[0]}" if findings and not instance.explained else ""
+    return LaunchError(f"worker {instance.instance} did not start: {instance.reason}{known}")

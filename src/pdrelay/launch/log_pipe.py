@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 _READ_BYTES = 1 << 16
 _MAX_LINE_BYTES = 1 << 13
-_TAIL_LINES = 40
+_TAIL_LINES = 400  # an engine prints its cause long before its end
 _MAX_CLOSING_READS = 64
 
 
@@ -68,7 +68,3 @@ class LogPipe:
         self._loop.remove_reader(self._fd)
         os.close(self._fd)
         self._fd = None
-
-    def last_line(self) -> str:
-        """The last line that is not blank, or ""."""
-        return next((line.strip() for line in reversed(self.tail) if line.strip()), "")

@@ -1,4 +1,4 @@
-"""One rank process: spawn, watch, kill. Linux only (pidfd, PR_SET_PDEATHSIG)."""
+"""One process of an instance: spawn, watch, kill. Linux only (pidfd, PR_SET_PDEATHSIG)."""
 
 from __future__ import annotations
 
@@ -8,33 +8,16 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 
-from pdrelay.core.rank_config import RankConfig, encode_rank_config
 from pdrelay.errors import LaunchError
-from pdrelay.launch import child
+from pdrelay.launch import child, guard
+from pdrelay.launch.driver import ProcessSpec
 from pdrelay.launch.log_pipe import LogPipe
 
-WORKER_COMMAND = (sys.executable, "-m", "pdrelay.engine.worker")
-_THREAD_VARIABLES = (
-    "OMP_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-    "NUMEXPR_NUM_THREADS",
-)
 
-
-def rank_environment(base: Mapping[str, str], num_threads: int) -> dict[str, str]:
-    """`base` with every library's thread count set, and unbuffered output."""
-    env = dict(base)
-    env.update(dict.fromkeys(_THREAD_VARIABLES, str(num_threads)))
-    env["PYTHONUNBUFFERED"] = "1"
-    env["TOKENIZERS_PARALLELISM"] = "false"
-    return env
-
-
-class RankProcess:
-    """A running rank. `on_exit(self)` is called once on the event loop, after it was reaped.
+class EngineProcess:
+    """A running process. `on_exit(self)` is called once on the event loop, after it was reaped.
 
     It leads its own process group, which is killed as a whole, and dies with the thread that
     spawned it: create it on the main thread.
@@ -42,43 +25,39 @@ class RankProcess:
 
     def __init__(
         self,
-        config: RankConfig,
+        spec: ProcessSpec,
         *,
-        command: Sequence[str],
-        pass_fds: Sequence[int],
         sink: Callable[[str], None],
-        on_exit: Callable[[RankProcess], None],
+        on_exit: Callable[[EngineProcess], None],
     ) -> None:
         """Raises LaunchError when the program cannot be started."""
-        self.config = config
+        self.spec = spec
         self._on_exit = on_exit
         self._loop = asyncio.get_running_loop()
         self.exited = asyncio.Event()
         read_end, write_end = os.pipe()
         try:
-            self._popen, self._pidfd = self._spawn(command, pass_fds, write_end)
+            self._popen, self._pidfd = self._spawn(write_end)
         except OSError as error:
             os.close(read_end)
-            raise LaunchError(f"cannot start {command[0]}: {error.strerror}") from error
+            raise LaunchError(f"cannot start {spec.command[0]}: {error.strerror}") from error
         finally:
             os.close(write_end)
         self.pid = self._popen.pid
         self.log = LogPipe(read_end, sink)
         self._loop.add_reader(self._pidfd, self._exited)
-        self._send_config()
+        self._write_stdin()
 
-    def _spawn(
-        self, command: Sequence[str], pass_fds: Sequence[int], output: int
-    ) -> tuple[subprocess.Popen[bytes], int]:
-        name = f"{self.config.instance}.{self.config.rank}"  # an argument only to be seen by ps
+    def _spawn(self, output: int) -> tuple[subprocess.Popen[bytes], int]:
+        tie = guard.__file__ if self.spec.guarded else child.__file__
         popen = subprocess.Popen(
-            [sys.executable, "-I", "-S", child.__file__, str(os.getpid()), *command, name],
+            [sys.executable, "-I", "-S", tie, str(os.getpid()), *self.spec.command],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=output,
-            pass_fds=pass_fds,
+            pass_fds=self.spec.pass_fds,
             process_group=0,
-            env=rank_environment(os.environ, self.config.num_threads),
+            env=dict(self.spec.env),
         )
         try:
             return popen, os.pidfd_open(popen.pid)
@@ -87,14 +66,21 @@ class RankProcess:
             popen.communicate()
             raise
 
-    def _send_config(self) -> None:
+    def _write_stdin(self) -> None:
         stdin = self._popen.stdin
         assert stdin is not None
         with contextlib.suppress(BrokenPipeError):  # its exit tells why
-            stdin.write(encode_rank_config(self.config))
+            stdin.write(self.spec.stdin)
             stdin.flush()
         with contextlib.suppress(BrokenPipeError):
             stdin.close()
+
+    @property
+    def pids(self) -> list[int]:
+        """Itself; with a guard, what runs in the group that the guard leads, oldest first."""
+        if not self.spec.guarded:
+            return [self.pid]
+        return [pid for pid in group_members(self.pid) if pid != self.pid]
 
     @property
     def returncode(self) -> int | None:
@@ -110,7 +96,7 @@ class RankProcess:
         self._on_exit(self)
 
     def send_signal(self, number: signal.Signals) -> None:
-        """Signal the whole process group; nothing happens once the rank was reaped."""
+        """Signal the whole process group; nothing happens once it was reaped."""
         if self._popen.returncode is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, number)
@@ -126,3 +112,19 @@ class RankProcess:
             return f"was killed by {signal.Signals(-code).name}"
         except ValueError:
             return f"was killed by signal {-code}"
+
+
+def group_members(group: int) -> list[int]:
+    """Living processes of a process group, by /proc, in the order of their ids."""
+    found = []
+    for entry in os.scandir("/proc"):
+        if not entry.name.isdigit():
+            continue
+        try:
+            with open(f"{entry.path}/stat", encoding="utf-8", errors="replace") as file:
+                state, _, its_group = file.read().rpartition(")")[2].split()[:3]
+        except OSError:  # it has just ended
+            continue
+        if int(its_group) == group and state != "Z":
+            found.append(int(entry.name))
+    return sorted(found)

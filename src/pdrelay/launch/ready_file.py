@@ -5,16 +5,29 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
 from pdrelay.core.kv_layout import KVLayout
-from pdrelay.core.messages import Role
-from pdrelay.launch.instance import Instance
+from pdrelay.core.messages import Ready, Role
+
+
+class ReadyInstance(Protocol):
+    """What is told of: launched or attached."""
+
+    @property
+    def instance(self) -> str: ...
+
+    @property
+    def ready(self) -> Ready | None: ...
+
+    @property
+    def pids(self) -> list[int]: ...
 
 
 class ReadyWorker(msgspec.Struct, frozen=True, kw_only=True):
-    """One instance. `pid` is rank 0's, `pids` are all ranks'."""
+    """One instance. `pid` is rank 0's, `pids` are all ranks'; 0 and none when attached."""
 
     instance: str
     role: Role
@@ -36,13 +49,13 @@ class ReadyFile(msgspec.Struct, frozen=True, kw_only=True):
     workers: list[ReadyWorker]
 
 
-def ready_worker(instance: Instance) -> ReadyWorker:
+def ready_worker(instance: ReadyInstance) -> ReadyWorker:
     ready = instance.ready
     assert ready is not None
     return ReadyWorker(
         instance=instance.instance,
         role=ready.role,
-        pid=instance.ranks[0].pid,
+        pid=instance.pids[0] if instance.pids else 0,
         pids=instance.pids,
         layout=ready.layout,
         bytes_per_token=ready.layout.bytes_per_token,
@@ -53,7 +66,7 @@ def ready_worker(instance: Instance) -> ReadyWorker:
 
 
 def write_ready_file(
-    path: Path, url: str, model: str, topology: str, instances: Sequence[Instance]
+    path: Path, url: str, model: str, topology: str, instances: Sequence[ReadyInstance]
 ) -> None:
     """Write it whole or not at all: a reader never sees a part. Raises OSError."""
     content = ReadyFile(

@@ -8,23 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import enum
-import functools
 import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from pdrelay.core.rank_config import RankConfig
 from pdrelay.errors import LaunchError
+from pdrelay.launch.driver import Driver
 from pdrelay.launch.instance import Instance, Listener, launch_error
-from pdrelay.launch.process import WORKER_COMMAND
 from pdrelay.launch.restart_policy import RestartOptions, RestartPolicy
 from pdrelay.launch.topology import InstanceSpec
 
 _KILL_DEADLINE_S = 10.0  # only an uninterruptible system call outlasts SIGKILL
-
-# (spec, incarnation, control_fd) -> the configuration of each rank
-RankFactory = Callable[[InstanceSpec, int, int], Sequence[RankConfig]]
 
 
 class State(enum.StrEnum):
@@ -42,6 +37,7 @@ class SupervisorOptions:
     startup_timeout_s: float = 300.0
     worker_timeout_s: float = 30.0  # without an answer after which a ready worker is killed
     term_grace_s: float = 3.0  # between SIGTERM and SIGKILL
+    drain_signal_s: float = 10.0  # for an engine to clean up after its driver's drain signal
     restart: RestartOptions = field(default_factory=RestartOptions)
 
 
@@ -68,18 +64,16 @@ class Supervisor:
     def __init__(
         self,
         specs: Sequence[InstanceSpec],
-        make_ranks: RankFactory,
+        driver: Driver,
         listener: Listener,
         *,
         options: SupervisorOptions | None = None,
-        command: Sequence[str] = WORKER_COMMAND,
         log: Callable[[str], None],
         on_death: Callable[[InstanceSpec], None] = lambda spec: None,
     ) -> None:
         self._options = options or SupervisorOptions()
-        self._make_ranks = make_ranks
+        self._driver = driver
         self._listener = listener
-        self._command = tuple(command)
         self._log = log
         self._on_death = on_death
         self._slots = [_Slot(spec, RestartPolicy(self._options.restart)) for spec in specs]
@@ -92,6 +86,14 @@ class Supervisor:
     def states(self) -> dict[str, tuple[State, str]]:
         """Instance id to its state and the reason of its last death ("" when it never died)."""
         return {slot.spec.instance: (slot.state, slot.reason) for slot in self._slots}
+
+    def down(self) -> dict[str, str]:
+        """Instance id to why it is down, of those that are not ready."""
+        return {
+            instance: f"{state}: {reason}" if reason else str(state)
+            for instance, (state, reason) in self.states().items()
+            if state is not State.READY
+        }
 
     def instances(self) -> list[Instance]:
         """The current incarnations, in topology order."""
@@ -122,8 +124,7 @@ class Supervisor:
             slot.current = Instance(
                 slot.spec,
                 incarnation,
-                functools.partial(self._make_ranks, slot.spec, incarnation),
-                command=self._command,
+                self._driver,
                 listener=self._listener,
                 log=self._log,
                 on_ended=self._ended,
@@ -226,12 +227,17 @@ class Supervisor:
     # ---- end
 
     async def stop(self, drain_s: float = 0.0) -> None:
-        """End every rank: on their own within `drain_s`, then SIGTERM, then SIGKILL.
+        """End every process: on its own within `drain_s`, then SIGTERM, then SIGKILL.
 
-        Who wants the ranks to end on their own sends them `Drain` before. Idempotent; returns when
-        every rank is reaped.
+        Who wants ranks to end on their own sends them `Drain` before; a driver's `drain_signal` is
+        sent here. Idempotent; returns when every process is reaped.
         """
         self._begin_stop()
+        number = self._driver.drain_signal
+        if number is not None:
+            drain_s = max(drain_s, self._options.drain_signal_s)
+            for instance in self.instances():
+                instance.send_signal(number)
         await self._wait_ended(drain_s)
         for instance in self.instances():
             instance.send_signal(signal.SIGTERM)
@@ -242,7 +248,7 @@ class Supervisor:
             self._log(f"{instance.instance}: processes {instance.pids} did not die of SIGKILL")
 
     def kill_all(self) -> None:
-        """SIGKILL every rank now; `stop` still has to be awaited."""
+        """SIGKILL every process now; `stop` still has to be awaited."""
         self._begin_stop()
         for instance in self.instances():
             instance.kill("was stopped")

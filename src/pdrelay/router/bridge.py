@@ -1,4 +1,4 @@
-"""Joins supervision to routing: hands each incarnation's control socket to its EngineClient."""
+"""Joins supervision to routing: tells each EngineClient how to reach its new incarnation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import socket
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
+from pdrelay.core.endpoint import HttpEndpoint
 from pdrelay.router.engine_client import Observer, StreamEngineClient
+from pdrelay.router.http_client import HttpEngineClient
 
 
 class SupervisedInstance(Observer, Protocol):
@@ -21,16 +23,27 @@ class Bridge:
 
     def __init__(
         self,
-        clients: Iterable[StreamEngineClient],
+        clients: Iterable[StreamEngineClient | HttpEngineClient],
         on_exit: Callable[[str, str], None] | None = None,
     ) -> None:
         """`on_exit(instance, reason)` follows when every rank of an incarnation is reaped."""
         self._clients = {client.instance: client for client in clients}
         self._on_exit = on_exit
 
-    def on_started(self, instance: SupervisedInstance, sock: socket.socket) -> None:
-        self._clients[instance.instance].connect(sock, instance)
+    def on_started(
+        self, instance: SupervisedInstance, control: socket.socket | HttpEndpoint
+    ) -> None:
+        match self._clients[instance.instance], control:
+            case StreamEngineClient() as streaming, socket.socket():
+                streaming.connect(control, instance)
+            case HttpEngineClient() as http, HttpEndpoint():
+                http.connect(control, instance)
+            case client, _:
+                raise AssertionError(f"{type(client).__name__} cannot use {control!r}")
 
     def on_exited(self, instance: SupervisedInstance, reason: str) -> None:
+        client = self._clients[instance.instance]
+        if isinstance(client, HttpEngineClient):  # no socket of its own tells it
+            client.close(reason)
         if self._on_exit is not None:
             self._on_exit(instance.instance, reason)

@@ -246,6 +246,8 @@ class Flow:
         self, flight: Flight, instance: str, t_ns: int, output: Output, now_ns: int
     ) -> None:
         sink, record = flight.sink, flight.record
+        if output.num_cached_tokens is not None:  # with the first token, or at the end
+            record.num_cached_tokens = output.num_cached_tokens
         before = sink.num_tokens
         finish_reason = sink.on_output(output)
         num_new = sink.num_tokens - before
@@ -274,7 +276,6 @@ class Flow:
 
     def _first_token(self, flight: Flight, output: Output, now_ns: int) -> None:
         self.waiting_tokens -= len(flight.request.prompt_token_ids)
-        flight.record.num_cached_tokens = output.num_cached_tokens or 0
         flight.lease.prefilled()
         if flight.first_token_deadline is not None:
             flight.first_token_deadline.cancel()

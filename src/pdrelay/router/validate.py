@@ -353,6 +353,7 @@ def _sampling_params(
     return SamplingParams(
         max_tokens=1,
         seed=secrets.randbits(63) if body.seed is None else body.seed % _UINT64,
+        client_seed=body.seed is not None,
         min_tokens=body.min_tokens or 0,
         temperature=_first(body.temperature, defaults.temperature, 1.0),
         top_k=max(int(_first(body.top_k, defaults.top_k, 0)), 0),

@@ -104,7 +104,7 @@ def probe_gpus(ordinals: Sequence[int]) -> GpuProbe:
         done = subprocess.run(command, capture_output=True, timeout=_PROBE_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired as error:
         raise TransportError(
-            f"the CUDA driver is silent for {_PROBE_TIMEOUT_S:g} s: check it with nvidia-smi"
+            f"the CUDA driver did not answer within {_PROBE_TIMEOUT_S:g} s: see nvidia-smi"
         ) from error
     if done.returncode:
         last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]

@@ -46,6 +46,7 @@ class Context:
     url: str
     server: ServerInfo
     pids: list[int] = field(default_factory=list)  # the server's processes
+    engine: str = ""  # with its version
     capacity_rps: float | None = None
     foreign: float | None = None  # cores that others used during the latest load
     trace_path: Path | None = None
@@ -137,6 +138,7 @@ class Context:
         info = CaseInfo(
             experiment=experiment,
             topology=self.topology.name,
+            engine=self.engine,
             case=case,
             rep=self.rep,
             seed=self.config.seed,

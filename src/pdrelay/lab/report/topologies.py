@@ -22,6 +22,7 @@ def _figures(name: str, data: TopologyData) -> TopologyFigures:
     return TopologyFigures(
         name=name,
         label=label_of(name),
+        engine=data.launch.engine,
         num_gpus=data.launch.num_gpus,
         argv=data.launch.argv,
         startup_s=data.launch.startup_s,

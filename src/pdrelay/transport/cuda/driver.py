@@ -127,6 +127,12 @@ class Driver:
     def free(self, address: int) -> None:
         self._call("cuMemFree_v2", c_uint64(address))
 
+    def allocation_of(self, address: int) -> tuple[int, int]:
+        """Base and size of the allocation that `address` lies in: what an IPC handle names."""
+        base, size = c_uint64(), c_size_t()
+        self._call("cuMemGetAddressRange_v2", byref(base), byref(size), c_uint64(address))
+        return base.value, size.value
+
     def ipc_handle(self, address: int) -> bytes:
         handle = _IpcHandle()
         self._call("cuIpcGetMemHandle", byref(handle), c_uint64(address))

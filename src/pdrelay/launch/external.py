@@ -1,0 +1,150 @@
+"""Getting ready to start, or to reach, the instances of a production engine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import sys
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+from pdrelay.core.endpoint import HttpEndpoint
+from pdrelay.core.messages import Ready
+from pdrelay.errors import ConfigError
+from pdrelay.launch.config import Attach, ServeConfig
+from pdrelay.launch.driver import Driver
+from pdrelay.launch.engine_version import (
+    ask_version,
+    known_words,
+    sglang_notes,
+    vllm_notes,
+)
+from pdrelay.launch.external_driver import EnginePlan
+from pdrelay.launch.gpus import VARIABLE, assign_gpus, visible_gpus
+from pdrelay.launch.host import Host
+from pdrelay.launch.plan import Plan
+from pdrelay.launch.ports import Ports
+from pdrelay.launch.resolve_external import resolve_external
+from pdrelay.launch.run_dir import RunDir
+from pdrelay.launch.sglang_driver import OWNED as SGLANG_OWNED
+from pdrelay.launch.sglang_driver import STREAM_FLAGS, SglangDriver
+from pdrelay.launch.topology import InstanceSpec, instances
+from pdrelay.launch.vllm_driver import OWNED as VLLM_OWNED
+from pdrelay.launch.vllm_driver import VllmDriver
+from pdrelay.model.config import is_built_in, load_model_config
+from pdrelay.model.shape_dir import write_shape_dir
+
+_OWNED = {"vllm": VLLM_OWNED, "sglang": SGLANG_OWNED}
+
+
+def external_plan(config: ServeConfig, host: Host) -> Plan:
+    """Raises ConfigError for what cannot run here, before any process starts."""
+    check_engine_args(config)
+    model = load_model_config(config.engine.model)
+    resolved = resolve_external(config, model, host)
+    specs = instances(config.topology)
+    if resolved.device == "cuda" and not config.external.attach:
+        _gpus(config, specs, host)
+    return Plan(config, model, resolved, specs)
+
+
+def check_engine_args(config: ServeConfig) -> None:
+    """Raises ConfigError for an argument that pdrelay gives itself."""
+    for argument in config.external.engine_args:
+        flag = argument.split("=", 1)[0]
+        if flag in _OWNED[config.engine.engine]:
+            raise ConfigError(
+                f"--engine-args has {flag}, which pdrelay gives every instance itself: leave it out"
+            )
+
+
+def _gpus(config: ServeConfig, specs: Sequence[InstanceSpec], host: Host) -> dict[str, str]:
+    seen = visible_gpus(os.environ.get(VARIABLE), host.num_gpus)
+    return assign_gpus(specs, seen, share=config.allow_oversubscribe)
+
+
+def make_driver(
+    plan: Plan, host: Host, run_dir: RunDir, stack: contextlib.ExitStack
+) -> tuple[Driver, list[str]]:
+    """The driver, and lines for the user to read. Raises ConfigError."""
+    config, resolved = plan.config, plan.resolved
+    engine = config.engine.engine
+    python = config.external.engine_python or sys.executable
+    version = ask_version(python, engine)
+    model_dir = config.engine.model
+    if is_built_in(model_dir):
+        directory = run_dir.path / "model"
+        write_shape_dir(model_dir, directory)
+        model_dir = str(directory)
+    elif os.path.isdir(model_dir):
+        model_dir = os.path.abspath(model_dir)
+    engine_plan = EnginePlan(
+        config=config,
+        resolved=resolved,
+        run_dir=run_dir,
+        ports=stack.enter_context(Ports()),
+        python=python,
+        version=version,
+        model_dir=model_dir,
+        gpus=_gpus(config, plan.specs, host) if resolved.device == "cuda" else {},
+        engine_flags=_flags(engine, python),
+        api_key=secrets.token_urlsafe(24),
+    )
+    lines = [f"engine: {engine} {version} ({python})"]
+    lines += vllm_notes(version, resolved.transport) if engine == "vllm" else sglang_notes(version)
+    lines += [f"{name}: {VARIABLE}={gpus}" for name, gpus in engine_plan.gpus.items()]
+    return VllmDriver(engine_plan) if engine == "vllm" else SglangDriver(engine_plan), lines
+
+
+def _flags(engine: str, python: str) -> tuple[str, ...]:
+    """Flags whose names depend on the version."""
+    if engine != "sglang":
+        return ()
+    known = known_words(python, engine, "srt/server_args.py", STREAM_FLAGS)
+    return tuple(known[:1])
+
+
+def describe_external(plan: Plan) -> list[str]:
+    """What will run, as lines to print."""
+    config, resolved = plan.config, plan.resolved
+    lines = [
+        f"topology: {config.topology}",
+        f"model: {config.engine.model} as {resolved.served_model_name!r} on {resolved.device}, "
+        f"weights {resolved.load_format}; context {resolved.max_model_len} tokens",
+    ]
+    if resolved.transport:
+        lines.append(f"connector: {resolved.transport}, dispatch {config.external.dispatch}")
+    return lines + [f"  {note}" for note in resolved.notes]
+
+
+def attached_endpoints(plan: Plan) -> list[tuple[InstanceSpec, HttpEndpoint]]:
+    """Instances that were started elsewhere, in the order of the plan's specs."""
+    waiting = list(plan.config.external.attach)
+    return [(spec, _endpoint(plan, spec, _take(waiting, spec))) for spec in plan.specs]
+
+
+def _take(waiting: list[Attach], spec: InstanceSpec) -> Attach:
+    found = next(each for each in waiting if each.role is spec.role)
+    waiting.remove(found)
+    return found
+
+
+def _endpoint(plan: Plan, spec: InstanceSpec, attach: Attach) -> HttpEndpoint:
+    engine = plan.config.engine.engine
+    assert engine != "native"
+    return HttpEndpoint(
+        engine=engine,
+        url=attach.url,
+        bootstrap_host=urlsplit(attach.url).hostname or "",
+        bootstrap_port=attach.bootstrap_port,
+        ready=Ready(
+            instance=spec.instance,
+            role=spec.role,
+            pid=0,
+            layout=plan.resolved.layout,
+            max_model_len=plan.resolved.max_model_len,
+            transport=plan.resolved.transport,
+            resolved={"engine": engine, "url": attach.url},
+        ),
+    )

@@ -1,0 +1,136 @@
+"""What the drivers of production engines share: one HTTP server an instance, on loopback."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pdrelay
+from pdrelay.core.endpoint import EngineName, HttpEndpoint
+from pdrelay.core.messages import Ready, Role
+from pdrelay.launch.config import ServeConfig
+from pdrelay.launch.driver import Launch, ProcessSpec, last_line
+from pdrelay.launch.gpus import VARIABLE
+from pdrelay.launch.ports import Ports
+from pdrelay.launch.resolve import ResolvedConfig
+from pdrelay.launch.run_dir import RunDir
+from pdrelay.launch.topology import InstanceSpec
+
+_CAUSE = re.compile(r"(?:^|[\s:|])((?:[A-Za-z_]+\.)*[A-Z]\w*(?:Error|Exception|Interrupt)): \S")
+_FOLLOWS = "Engine core initialization failed"  # from an exception that was printed before
+_QUIET = {  # no reports to anyone, no downloads where a directory is given
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONUNBUFFERED": "1",
+}
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """Everything a driver of a production engine builds commands from."""
+
+    config: ServeConfig
+    resolved: ResolvedConfig
+    run_dir: RunDir
+    ports: Ports
+    python: str
+    version: str
+    model_dir: str  # what the engine loads
+    gpus: Mapping[str, str]  # CUDA_VISIBLE_DEVICES by instance; empty on CPU
+    engine_flags: tuple[str, ...] = ()  # that this version of it knows
+    api_key: str = ""  # between front door and instances
+
+    @property
+    def engine(self) -> EngineName:
+        engine = self.config.engine.engine
+        assert engine != "native"
+        return engine
+
+
+class ExternalDriver:
+    """Base of the drivers: everything but the engine's own arguments and environment."""
+
+    drain_signal: signal.Signals | None = signal.SIGTERM
+
+    def __init__(self, plan: EnginePlan) -> None:
+        self.plan = plan
+
+    def arguments(self, spec: InstanceSpec, incarnation: int, port: int) -> list[str]:
+        raise NotImplementedError
+
+    def environment(self, spec: InstanceSpec) -> dict[str, str]:
+        raise NotImplementedError
+
+    def endpoint(
+        self, spec: InstanceSpec, incarnation: int, ready: Ready, url: str
+    ) -> HttpEndpoint:
+        raise NotImplementedError
+
+    def launch(self, spec: InstanceSpec, incarnation: int) -> Launch:
+        plan = self.plan
+        port = plan.ports.port(spec.instance)
+        process = ProcessSpec(
+            label=plan.engine,
+            prefix=f"[{spec.instance}] ",
+            command=(
+                plan.python,
+                *self.arguments(spec, incarnation, port),
+                *plan.config.external.engine_args,
+            ),
+            env={**self._environment(spec), **self.environment(spec)},
+            guarded=True,
+        )
+        url = f"http://127.0.0.1:{port}"
+        return Launch((process,), self.endpoint(spec, incarnation, self._ready(spec), url))
+
+    def _environment(self, spec: InstanceSpec) -> dict[str, str]:
+        env = {**_QUIET, **os.environ}
+        if spec.instance in self.plan.gpus:
+            env[VARIABLE] = self.plan.gpus[spec.instance]
+        if Path(self.plan.model_dir).is_dir():
+            env.setdefault("HF_HUB_OFFLINE", "1")
+        return env
+
+    def _ready(self, spec: InstanceSpec) -> Ready:
+        plan = self.plan
+        resolved = {"engine": plan.engine, "engine_version": plan.version}
+        if plan.gpus:
+            resolved["gpus"] = plan.gpus[spec.instance]
+        if spec.role is not Role.BOTH:
+            resolved["connector"] = plan.resolved.transport
+        return Ready(
+            instance=spec.instance,
+            role=spec.role,
+            pid=0,
+            layout=plan.resolved.layout,
+            max_model_len=plan.resolved.max_model_len,
+            transport=plan.resolved.transport,
+            resolved=resolved,
+        )
+
+    def explain(self, lines: Sequence[str]) -> str:
+        return first_cause(lines) or last_line(lines)
+
+
+def first_cause(lines: Sequence[str]) -> str:
+    """The first exception that a log names, which is what the later ones follow from; or ""."""
+    for line in lines:
+        match = _CAUSE.search(line)
+        if match is not None and _FOLLOWS not in line:
+            return f"its log says: {line[match.start(1) :].strip()[:500]}"
+    return ""
+
+
+def import_path(run_dir: RunDir) -> str:
+    """A directory in which only `pdrelay` can be imported, for an engine's PYTHONPATH: the
+    directory that holds this package may hold this interpreter's own packages too."""
+    directory = run_dir.path / "import"
+    if not directory.exists():
+        directory.mkdir()
+        (directory / "pdrelay").symlink_to(Path(pdrelay.__file__).parent, target_is_directory=True)
+    return str(directory)

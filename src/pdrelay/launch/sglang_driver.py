@@ -1,0 +1,73 @@
+"""SGLang as a driver: `python -m sglang.launch_server`, one an instance."""
+
+from __future__ import annotations
+
+from pdrelay.core.endpoint import HttpEndpoint
+from pdrelay.core.messages import Ready, Role
+from pdrelay.launch.external_driver import ExternalDriver
+from pdrelay.launch.topology import InstanceSpec
+
+MODULE = "sglang.launch_server"
+OWNED = (  # chosen here: not to be given in --engine-args
+    "--host",
+    "--port",
+    "--model-path",
+    "--model",
+    "--served-model-name",
+    "--tensor-parallel-size",
+    "--tp-size",
+    "--tp",
+    "--disaggregation-mode",
+    "--disaggregation-transfer-backend",
+    "--disaggregation-bootstrap-port",
+    "--api-key",
+)
+# What makes streams carry new tokens only, newest name first (server_args.py).
+STREAM_FLAGS = ("--incremental-streaming-output", "--stream-output")
+_MODES = {Role.PREFILL: "prefill", Role.DECODE: "decode"}
+_HOST = "127.0.0.1"
+
+
+class SglangDriver(ExternalDriver):
+    """Versions from 0.5, whose /generate tells token ids."""
+
+    def arguments(self, spec: InstanceSpec, incarnation: int, port: int) -> list[str]:
+        plan = self.plan
+        engine, resolved = plan.config.engine, plan.resolved
+        args = ["-m", MODULE, "--model-path", plan.model_dir]
+        args += ["--served-model-name", resolved.served_model_name]
+        args += ["--host", _HOST, "--port", str(port)]
+        args += ["--context-length", str(resolved.max_model_len), "--random-seed", str(engine.seed)]
+        args += ["--dtype", resolved.dtype, *plan.engine_flags]
+        if resolved.device == "cpu":
+            args += ["--device", "cpu"]
+        if resolved.load_format == "dummy":
+            args += ["--load-format", "dummy"]
+        if spec.world_size > 1:
+            args += ["--tp", str(spec.world_size)]
+        if not engine.enable_prefix_caching:
+            args += ["--disable-radix-cache"]
+        if spec.role is not Role.BOTH:
+            args += ["--disaggregation-mode", _MODES[spec.role]]
+            args += ["--disaggregation-transfer-backend", resolved.transport]
+        if spec.role is Role.PREFILL:
+            args += ["--disaggregation-bootstrap-port", str(self._bootstrap_port(spec))]
+        return args
+
+    def _bootstrap_port(self, spec: InstanceSpec) -> int:
+        return self.plan.ports.port(f"{spec.instance}.bootstrap")
+
+    def environment(self, spec: InstanceSpec) -> dict[str, str]:
+        return {}
+
+    def endpoint(
+        self, spec: InstanceSpec, incarnation: int, ready: Ready, url: str
+    ) -> HttpEndpoint:
+        produces = spec.role is Role.PREFILL
+        return HttpEndpoint(
+            engine="sglang",
+            url=url,
+            ready=ready,
+            bootstrap_host=_HOST if produces else "",
+            bootstrap_port=self._bootstrap_port(spec) if produces else 0,
+        )

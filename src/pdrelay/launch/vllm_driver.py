@@ -1,0 +1,112 @@
+"""vLLM as a driver: `python -m vllm.entrypoints.openai.api_server`, one an instance."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from pdrelay.core.endpoint import HttpEndpoint
+from pdrelay.core.messages import Ready, Role
+from pdrelay.launch.external_driver import ExternalDriver, import_path
+from pdrelay.launch.topology import InstanceSpec
+
+MODULE = "vllm.entrypoints.openai.api_server"
+OWNED = (  # chosen here: not to be given in --engine-args
+    "--host",
+    "--port",
+    "--uds",
+    "--model",
+    "--served-model-name",
+    "--tensor-parallel-size",
+    "-tp",
+    "--kv-transfer-config",
+    "--api-key",
+)
+_KV_ROLES = {Role.PREFILL: "kv_producer", Role.DECODE: "kv_consumer"}
+_LEASE_S = 30
+_KEEP_ALIVE_S = "75"  # idle connections of the front door are not to be cut under it
+_CPU_KV_GIB = "1"
+
+
+class VllmDriver(ExternalDriver):
+    """Versions 0.23 to 0.33."""
+
+    def arguments(self, spec: InstanceSpec, incarnation: int, port: int) -> list[str]:
+        plan = self.plan
+        engine, resolved = plan.config.engine, plan.resolved
+        args = ["-m", MODULE, "--model", plan.model_dir]
+        args += ["--served-model-name", resolved.served_model_name]
+        args += ["--host", "127.0.0.1", "--port", str(port)]
+        args += ["--max-model-len", str(resolved.max_model_len), "--seed", str(engine.seed)]
+        # The front door sends every sampling parameter: no defaults of the directory's.
+        args += ["--generation-config", "vllm", "--enable-prompt-tokens-details"]
+        args += ["--disable-uvicorn-access-log", "--dtype", resolved.dtype]
+        if resolved.load_format == "dummy":
+            args += ["--load-format", "dummy"]
+        if spec.world_size > 1:
+            args += ["--tensor-parallel-size", str(spec.world_size)]
+        if not engine.enable_prefix_caching:
+            args += ["--no-enable-prefix-caching"]
+        if engine.kv_cache_memory is not None and resolved.device == "cuda":
+            args += ["--kv-cache-memory-bytes", str(engine.kv_cache_memory)]
+        if spec.role is not Role.BOTH:
+            args += ["--kv-transfer-config", json.dumps(self._kv_transfer(spec, incarnation))]
+        return args
+
+    def _kv_transfer(self, spec: InstanceSpec, incarnation: int) -> dict[str, Any]:
+        role = _KV_ROLES[spec.role]
+        if self.plan.resolved.transport == "nixl":
+            return {"kv_connector": "NixlConnector", "kv_role": role}
+        return {
+            "kv_connector": "PdrelayConnector",
+            "kv_connector_module_path": "pdrelay.integrations.vllm",
+            "kv_role": role,
+            "kv_connector_extra_config": {
+                "address": self._address(spec, incarnation),
+                "lease_s": _LEASE_S,
+            },
+        }
+
+    def _address(self, spec: InstanceSpec, incarnation: int) -> str:
+        return self.plan.run_dir.peer_address(spec, incarnation)
+
+    def environment(self, spec: InstanceSpec) -> dict[str, str]:
+        plan = self.plan
+        # Sockets in the private directory: none is left behind, whatever kills the server.
+        env = {
+            "VLLM_RPC_BASE_PATH": str(plan.run_dir.path),
+            "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": _KEEP_ALIVE_S,
+        }
+        if plan.api_key:
+            env["VLLM_API_KEY"] = plan.api_key
+        if plan.resolved.device == "cpu":
+            env |= self._cpu_environment()
+        if spec.role is not Role.BOTH and plan.resolved.transport == "nixl":
+            env["VLLM_NIXL_SIDE_CHANNEL_HOST"] = "127.0.0.1"
+            env["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(plan.ports.port(f"{spec.instance}.nixl"))
+            env["UCX_TLS"] = os.environ.get("UCX_TLS", "all")
+        if plan.resolved.transport == "pdrelay":
+            inherited = os.environ.get("PYTHONPATH")
+            env["PYTHONPATH"] = ":".join(filter(None, [import_path(plan.run_dir), inherited]))
+        return env
+
+    def _cpu_environment(self) -> dict[str, str]:
+        defaults = {
+            "OMP_NUM_THREADS": str(self.plan.resolved.num_threads),
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_CPU_KVCACHE_SPACE": _CPU_KV_GIB,
+        }
+        return {key: os.environ.get(key, value) for key, value in defaults.items()}
+
+    def endpoint(
+        self, spec: InstanceSpec, incarnation: int, ready: Ready, url: str
+    ) -> HttpEndpoint:
+        produces = spec.role is Role.PREFILL and self.plan.resolved.transport == "pdrelay"
+        return HttpEndpoint(
+            engine="vllm",
+            url=url,
+            ready=ready,
+            api_key=self.plan.api_key,
+            producer_address=self._address(spec, incarnation) if produces else "",
+        )

@@ -1,0 +1,32 @@
+"""The one HTTP session that a front door has with all its instances."""
+
+from __future__ import annotations
+
+import aiohttp
+
+_CONNECT_S = 5.0
+_IDLE_S = 2.0  # uvicorn cuts connections that were idle for 5 s: never use one that old
+_READ_BYTES = 1 << 18
+
+
+class HttpSession:
+    """Made on first use, on the running event loop. Proxies of the environment are not asked."""
+
+    def __init__(self) -> None:
+        self._session: aiohttp.ClientSession | None = None
+
+    def get(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_S),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                read_bufsize=_READ_BYTES,
+                trust_env=False,
+            )
+        return self._session
+
+    async def close(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()

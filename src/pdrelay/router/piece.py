@@ -1,0 +1,89 @@
+"""What the front door asks of an HTTP engine in one call, and what comes back, engine aside."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from pdrelay.core.messages import FinishReason, Output, TokenLogprobs
+
+
+@dataclass(frozen=True)
+class Leg:
+    """One call: a whole request, or its part on a producer or consumer."""
+
+    max_tokens: int
+    min_tokens: int = 0
+    stream: bool = True
+    more_prompt: tuple[int, ...] = ()  # output tokens that another instance has given already
+    needs_seed: bool = False  # two instances must draw the same token
+    wants_prompt_logprobs: bool = True
+    wants_usage: bool = False  # streams: the number of cached tokens, with the last piece
+    kv_transfer_params: dict[str, Any] | None = None
+    bootstrap: tuple[str, int, int] | None = None  # SGLang: host, port, room
+
+
+class Piece(msgspec.Struct):
+    """New tokens of one call, in order. `error` ends it."""
+
+    token_ids: list[int] = []
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    num_cached_tokens: int | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    kv_transfer_params: dict[str, Any] | None = None
+    error: str = ""
+
+    def output(self, request_id: str) -> Output:
+        return Output(
+            request_id=request_id,
+            token_ids=self.token_ids,
+            logprobs=self.logprobs,
+            finish_reason=self.finish_reason,
+            stop_token_id=self.stop_token_id,
+            num_cached_tokens=self.num_cached_tokens,
+            prompt_logprobs=self.prompt_logprobs,
+        )
+
+    def without_first(self) -> Piece:
+        """The same less its first token."""
+        return msgspec.structs.replace(
+            self,
+            token_ids=self.token_ids[1:],
+            logprobs=None if self.logprobs is None else self.logprobs[1:],
+        )
+
+    def split_first(self) -> tuple[Piece, Piece | None]:
+        """Its first token, and the rest if there is one; the end goes with the last token."""
+        if len(self.token_ids) < 2:
+            return self, None
+        first = msgspec.structs.replace(
+            self,
+            token_ids=self.token_ids[:1],
+            logprobs=None if self.logprobs is None else self.logprobs[:1],
+            finish_reason=None,
+            stop_token_id=None,
+        )
+        return first, msgspec.structs.replace(self.without_first(), prompt_logprobs=None)
+
+
+def join(pieces: list[Piece]) -> Piece:
+    """Consecutive pieces as one."""
+    if len(pieces) == 1:
+        return pieces[0]
+    whole = Piece(token_ids=[token for piece in pieces for token in piece.token_ids])
+    if any(piece.logprobs is not None for piece in pieces):
+        whole.logprobs = [each for piece in pieces for each in piece.logprobs or ()]
+    for piece in pieces:
+        whole.finish_reason = piece.finish_reason or whole.finish_reason
+        if piece.stop_token_id is not None:
+            whole.stop_token_id = piece.stop_token_id
+        if piece.num_cached_tokens is not None:
+            whole.num_cached_tokens = piece.num_cached_tokens
+        whole.prompt_logprobs = piece.prompt_logprobs or whole.prompt_logprobs
+        whole.kv_transfer_params = piece.kv_transfer_params or whole.kv_transfer_params
+        whole.error = piece.error or whole.error
+    return whole
