@@ -42,6 +42,7 @@ from pdrelay.launch.shared_pool import SharedPool, open_shared_pool
 from pdrelay.launch.stop_signals import StopSignals
 from pdrelay.launch.supervisor import Supervisor, SupervisorOptions
 from pdrelay.launch.topology import InstanceSpec, instances
+from pdrelay.launch.transport_choice import settle_transport
 from pdrelay.model.config import load_model_config
 
 _WORKER_EXIT_S = 10.0  # for a drained worker to exit on its own
@@ -116,7 +117,8 @@ def native_plan(config: ServeConfig, host: Host) -> Plan:
     check_topology(config, host)
     resolved = resolve(config, model, host)
     check_memory(config, resolved, host)
-    return Plan(config, model, resolved, instances(config.topology))
+    specs = instances(config.topology)
+    return Plan(config, model, settle_transport(resolved, specs), specs)
 
 
 async def _run(plan: Plan, *parts: Any) -> None:
