@@ -32,10 +32,14 @@ pytestmark = [
 ]
 
 BLOCK, CHUNK = 32, 256
-ENGINE_ARGS = ("--block-size", str(BLOCK), "--max-num-batched-tokens", str(CHUNK))
+NUM_BLOCKS = 600  # little more than the longest request: preemption is easy to cause
+ENGINE_ARGS = (
+    *("--block-size", str(BLOCK), "--max-num-batched-tokens", str(CHUNK)),
+    *("--num-gpu-blocks-override", str(NUM_BLOCKS)),
+)
 LONG = 6_000  # tokens whose prefill takes seconds: room to abort and kill in the middle
 LEASE_S = 3.0
-WAIT_S = 120.0
+WAIT_S = 300.0
 
 
 def prompt_of(seed: int, length: int) -> list[int]:
@@ -141,6 +145,24 @@ async def test_same_tokens_as_one_instance(pd, session):
     moved = metrics["vllm:external_prefix_cache_hits_total"]
     assert 0 < moved < sum(map(len, prompts)) + 48, "prefixes that D has cached are not moved again"
     assert metrics["vllm:pdrelay_handed_over_total"] == 48
+    await p.until_idle(session)
+    await d.until_idle(session)
+
+
+async def test_same_tokens_under_preemption(pd, session):
+    """More sequences than blocks: D preempts decodes (their KV was handed over and is computed
+    again), P preempts prefills that decodes of its own push out."""
+    p, d = pd
+    prompts = [prompt_of(400 + i, 600) for i in range(24)]
+    crowd = [started(session, p, prompt_of(500 + i, 2000), None, 1500) for i in range(6)]
+    await p.until_running(session)
+    seen = await asyncio.gather(
+        *(concurrent(session, p.url, d.url, p.address, prompt, 250) for prompt in prompts)
+    )
+    await asyncio.gather(*crowd)
+    assert (await d.metrics(session))["vllm:num_preemptions_total"] > 0
+    for tokens, prompt in zip(seen, prompts, strict=True):
+        assert tokens == tokens_of(await complete(session, p.url, prompt, 250))
     await p.until_idle(session)
     await d.until_idle(session)
 
