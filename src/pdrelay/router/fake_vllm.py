@@ -99,7 +99,7 @@ class FakeVllm(FakeServer):
         """The prompt whose KV this instance works on; raises when a hand-over does not fit."""
         prompt: list[int] = body["prompt"]
         params = body.get("kv_transfer_params")
-        if params is None or not params.get("do_remote_prefill"):
+        if self.alone or params is None or not params.get("do_remote_prefill"):
             return prompt
         if self.connector == "pdrelay":
             key = params["pdrelay_transfer_id"]
@@ -115,6 +115,8 @@ class FakeVllm(FakeServer):
         params = body.get("kv_transfer_params")
         if params is None or not params.get("do_remote_decode"):
             return None
+        if self.alone:
+            return {"do_remote_prefill": True, "pdrelay_producer": "fake"}
         if self.connector == "pdrelay":
             self.world.hold(params["pdrelay_transfer_id"], self, body["prompt"])
             return {"pdrelay_producer": "fake"}

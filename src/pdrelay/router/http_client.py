@@ -85,6 +85,7 @@ class HttpEngineClient:
         self._headers: dict[str, str] = {}
         self._watcher: asyncio.Task[None] | None = None
         self._calls: dict[str, asyncio.Task[None]] = {}
+        self._news: StepResult | None = None  # not reported yet
         self._last_heard_s = 0.0
         self._reason = "is starting"
 
@@ -144,6 +145,7 @@ class HttpEngineClient:
         """Cut every call. What ran is lost. Idempotent."""
         if self._endpoint is None:
             return
+        self._report()
         self._endpoint = None
         self.ready = None
         self._reason = reason
@@ -227,15 +229,23 @@ class HttpEngineClient:
         failure = Failure(
             request_id=request_id, status=error.status, code=error.code, message=str(error)
         )
-        self._tell(StepResult(t_ns=monotonic_ns(), failures=[failure]))
-
-    def _tell(self, result: StepResult) -> None:
-        if self._listener is not None:
-            self._listener.on_step(self.instance, result)
+        self._soon().failures.append(failure)
 
     def emit(self, request_id: str, piece: Piece) -> None:
         """Report new tokens as this instance's."""
-        self._tell(StepResult(t_ns=monotonic_ns(), outputs=[piece.output(request_id)]))
+        self._soon().outputs.append(piece.output(request_id))
+
+    def _soon(self) -> StepResult:
+        """What the listener hears of at the end of this turn of the loop, all requests at once."""
+        if self._news is None:
+            self._news = StepResult(t_ns=monotonic_ns())
+            asyncio.get_running_loop().call_soon(self._report)
+        return self._news
+
+    def _report(self) -> None:
+        news, self._news = self._news, None
+        if news is not None and self._listener is not None:
+            self._listener.on_step(self.instance, news)
 
     async def _whole(self, request: EngineRequest) -> None:
         params = request.params
@@ -262,14 +272,14 @@ class HttpEngineClient:
         return piece
 
     async def stream(self, request: EngineRequest, leg: Leg) -> AsyncGenerator[Piece, None]:
-        """Pieces as they arrive, one a read of the socket. Raises as `once` does, and
+        """Pieces as they arrive. Raises as `once` does, and
         WorkerLostError when the stream ends early."""
         finished = False
         held: Piece | None = None  # the last tokens, until what follows tells the cached ones
         async with self._post(request, leg) as response:
             async for piece in self._pieces(response):
                 if held is not None:
-                    piece, held = join([held, piece]), None
+                    piece, held = join(held, piece), None
                 elif piece.finish_reason is not None and leg.wants_usage:
                     held = piece if piece.num_cached_tokens is None else None
                 if held is None and (piece.token_ids or piece.finish_reason is not None):
@@ -288,20 +298,13 @@ class HttpEngineClient:
         async for data in response.content.iter_any():
             self._last_heard_s = time.monotonic()
             *events, rest = (rest + data if rest else data).split(_EVENT_END)
-            pieces = [
-                read_piece(event[len(_DATA) :])
-                for event in events
-                if event.startswith(_DATA) and not event.endswith(_DONE)
-            ]
-            if not pieces:
-                continue
-            error = pieces[-1].error  # which is an answer's last word
-            if error:
-                del pieces[-1]
-            if pieces:
-                yield join(pieces)
-            if error:
-                raise WorkerLostError(f"{self.instance}: {error}")
+            for event in events:
+                if not event.startswith(_DATA) or event.endswith(_DONE):
+                    continue
+                piece = read_piece(event[len(_DATA) :])
+                if piece.error:
+                    raise WorkerLostError(f"{self.instance}: {piece.error}")
+                yield piece
 
     @contextlib.asynccontextmanager
     async def _post(
