@@ -88,6 +88,7 @@ def run_server(
     host = inspect_host()
     native = config.engine.engine == "native"
     plan = native_plan(config, host) if native else external_plan(config, host)
+    config = plan.config
     check_files(config, host)
     with contextlib.ExitStack() as stack:
         sock = stack.enter_context(contextlib.closing(listen(config.host, config.port)))

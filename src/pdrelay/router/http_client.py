@@ -18,6 +18,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 
 import aiohttp
 import msgspec
+from yarl import URL
 
 from pdrelay.core.clock import monotonic_ns
 from pdrelay.core.endpoint import HttpEndpoint
@@ -82,6 +83,7 @@ class HttpEngineClient:
         self._observer: Observer | None = None
         self._endpoint: HttpEndpoint | None = None
         self._api: EngineApi | None = None
+        self._generate_url = URL()
         self._headers: dict[str, str] = {}
         self._watcher: asyncio.Task[None] | None = None
         self._calls: dict[str, asyncio.Task[None]] = {}
@@ -135,6 +137,7 @@ class HttpEngineClient:
         self._observer = observer
         self._endpoint = endpoint
         self._api = api_of(endpoint)
+        self._generate_url = URL(endpoint.url + self._api.path)
         self._headers = {"Content-Type": "application/json"}
         if endpoint.api_key:
             self._headers["Authorization"] = f"Bearer {endpoint.api_key}"
@@ -311,11 +314,11 @@ class HttpEngineClient:
         self, request: EngineRequest, leg: Leg
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """Raises RequestError for any status but 200."""
-        endpoint, api = self.endpoint, self._api
+        api = self._api
         assert api is not None
         data = api.body(request, leg)
-        url = endpoint.url + api.path
-        async with self._session.get().post(url, data=data, headers=self._headers) as response:
+        post = self._session.get().post
+        async with post(self._generate_url, data=data, headers=self._headers) as response:
             if response.status != 200:
                 body = await response.content.read(_MAX_ERROR_BYTES)
                 raise self._refusal(response.status, api.error_text(body))
