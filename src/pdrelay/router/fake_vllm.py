@@ -70,11 +70,23 @@ class FakeVllm(FakeServer):
     def routes(self) -> list[web.RouteDef]:
         return [
             web.get("/version", self._version),
+            web.get("/metrics", self._metrics),
             web.post("/v1/completions", self._completions),
         ]
 
     async def _version(self, request: web.Request) -> web.Response:
         return web.json_response({"version": self.version})
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        label = f'{{engine="0",model_name="{self.model}"}}'
+        prompt_tokens = float(sum(len(body["prompt"]) for body in self.requests))
+        lines = [
+            "# TYPE vllm:num_requests_running gauge",
+            f"vllm:num_requests_running{label} {float(self.running)}",
+            f"vllm:prompt_tokens_total{label} {prompt_tokens}",
+            f"vllm:prompt_tokens_created{label} 1.7e+09",
+        ]
+        return web.Response(text="\n".join(lines) + "\n")
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         self.authorize(request)

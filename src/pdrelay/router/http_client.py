@@ -51,6 +51,7 @@ from pdrelay.router.http_session import HttpSession
 from pdrelay.router.piece import Leg, Piece, join
 
 _START_POLL_S = 0.1
+_STATS_S = 2.0
 _PROBE_S = 10.0  # for an answer to a probe
 _EVENT_END = b"\n\n"
 _DATA = b"data:"
@@ -89,6 +90,7 @@ class HttpEngineClient:
         self._calls: dict[str, asyncio.Task[None]] = {}
         self._news: StepResult | None = None  # not reported yet
         self._last_heard_s = 0.0
+        self._counted_s = 0.0
         self._reason = "is starting"
 
     # ---- EngineClient
@@ -172,6 +174,17 @@ class HttpEngineClient:
                 self._last_heard_s = time.monotonic()
                 if self._observer is not None:
                     self._observer.report_alive()
+                await self._count()
+
+    async def _count(self) -> None:
+        """Fetch the instance's own figures, at most every `_STATS_S`."""
+        api = self._api
+        assert api is not None
+        if api.stats_path and time.monotonic() - self._counted_s >= _STATS_S:
+            self._counted_s = time.monotonic()
+            body = await self._get(api.stats_path)
+            if body is not None:
+                self.stats = api.read_stats(body)
 
     async def _answers(self, path: str) -> bool:
         return await self._get(path) is not None
