@@ -351,6 +351,7 @@ def run_gpu(device: str, names: list[str], repeats: int, seconds: float) -> None
                     bench = Bench(stack, consumer, name, layout, here, fabric)
                     table(bench, [n for n in lengths if n <= limit], repeats)
                     if name == "mapped" and block_size == 64:
+                        compare_submission(bench, repeats)
                         print_checksums(bench, repeats)
     except PdrelayError as error:
         print(f"failed: {error}")
@@ -385,6 +386,22 @@ def table(bench: Bench, lengths: list[int], repeats: int) -> None:
                 cells = f"{each.seconds * 1e3:.3f} ({median * 1e3:.3f})"
                 row += f"{cells:>19}{num_bytes / each.seconds / 1e9:>7.1f}"
             print(row, flush=True)
+
+
+def compare_submission(bench: Bench, repeats: int) -> None:
+    """One driver call for all runs of a batch against one a run, on GPUs whose driver has both."""
+    device = bench.pages.device
+    if not getattr(device, "batched", False):
+        print("\nthe driver has no batched copies (or this is a rehearsal): one call a run")
+        return
+    src, dst = block_ids(bench.layout, min(32, bench.layout.num_blocks // 2), "shuffled")
+    rows = {}
+    for batch in (True, False):
+        device._batch = batch
+        cell, median = best(lambda: bench.move(src, dst), repeats)
+        rows[batch] = f"{cell.seconds * 1e3:.3f} ({median * 1e3:.3f})"
+    device._batch = True
+    print(f"\n{len(src)} shuffled blocks, ms: one call a batch {rows[True]}, a run {rows[False]}")
 
 
 def print_checksums(bench: Bench, repeats: int) -> None:

@@ -5,9 +5,13 @@ front door, and this one, which is the client. Tokens per second of the front do
 depend on how many cores the three share. TTFT is the client's, from the first byte sent to the
 first event read; the fake engine answers at once, so all of it is HTTP, the front door, two hops
 over Unix sockets, and the client's own part. The same client against a bare aiohttp server that
-answers with one event shows what of it is HTTP and client; requests to the two alternate.
+answers with one event shows what of it is HTTP and client; requests to the two alternate. Over
+engines behind HTTP the difference holds the fakes' own HTTP too: `front_door_cpu_ms_p50`, the CPU
+time of the front door a request of two tokens, is its part, whoever else keeps the machine busy.
 
     python benchmarks/router_relay.py --streams 64 --tokens 400
+    python benchmarks/router_relay.py --engine vllm       engines behind HTTP: fake vLLM servers
+    python benchmarks/router_relay.py --engine vllm-pd    the same, prefill and decode
 """
 
 from __future__ import annotations
@@ -68,19 +72,53 @@ async def run_engine(fd: int, instance: str, step_s: float) -> None:
 # ---- the front door's process
 
 
-async def run_router(fd: int, instance: str) -> None:
+def native_clients(fd: int, instance: str) -> list[Any]:
+    from pdrelay.core.messages import Role
+    from pdrelay.router.engine_client import StreamEngineClient
+
+    client = StreamEngineClient(instance, Role.BOTH)
+    sock = socket.socket(fileno=fd)
+    sock.setblocking(False)
+    client.connect(sock)
+    return [client]
+
+
+def http_clients(urls: list[str]) -> list[Any]:
+    """One URL: a replica; two: a producer and a consumer."""
+    from pdrelay.core.endpoint import HttpEndpoint
+    from pdrelay.core.kv_layout import KVLayout
+    from pdrelay.core.messages import Ready, Role
+    from pdrelay.router.http_client import HttpEngineClient
+    from pdrelay.router.http_pd import HandOvers, PdrelayStyle
+    from pdrelay.router.http_session import HttpSession
+
+    layout = KVLayout(
+        num_layers=1, num_blocks=0, block_size=16, num_kv_heads=1, head_dim=2, dtype="float32"
+    )
+    session, hand_overs = HttpSession(), HandOvers(PdrelayStyle())
+    roles = [Role.BOTH] if len(urls) == 1 else [Role.PREFILL, Role.DECODE]
+    clients = []
+    for role, url in zip(roles, urls, strict=True):
+        client = HttpEngineClient(role, role, session=session, hand_overs=hand_overs)
+        ready = Ready(instance=role, role=role, pid=0, layout=layout, max_model_len=16_384)
+        client.connect(
+            HttpEndpoint(engine="vllm", url=url, ready=ready, producer_address="/fake.sock")
+        )
+        clients.append(client)
+    return clients
+
+
+async def run_router(fd: int, instance: str, urls: list[str]) -> None:
     from aiohttp import web
 
-    from pdrelay.core.messages import Role
     from pdrelay.model.tokenizer import byte_level_tokenizer
     from pdrelay.router.app import build_app
     from pdrelay.router.cluster import Cluster
     from pdrelay.router.config import ModelInfo, RouterConfig
-    from pdrelay.router.engine_client import StreamEngineClient
     from pdrelay.router.event_log import EventLog
     from pdrelay.router.server import make_runner
 
-    client = StreamEngineClient(instance, Role.BOTH)
+    clients = http_clients(urls) if urls else native_clients(fd, instance)
     config = RouterConfig(max_num_requests=100_000, drain_timeout_s=0.1)
     model = ModelInfo(
         served_model_name="tiny",
@@ -88,17 +126,15 @@ async def run_router(fd: int, instance: str) -> None:
         max_model_len=16_384,
         tokenizer=byte_level_tokenizer(),
     )
-    app = build_app(config, model, Cluster([client]), EventLog())
-    sock = socket.socket(fileno=fd)
-    sock.setblocking(False)
-    client.connect(sock)
+    app = build_app(config, model, Cluster(clients), EventLog())
     runner = make_runner(app, config)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0, backlog=1024)
     await site.start()
     print(runner.addresses[0][1], flush=True)
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
-    client.close()
+    for client in clients:
+        client.close()
     await runner.cleanup()
 
 
@@ -175,6 +211,40 @@ def processes(step_ms: float) -> Iterator[tuple[str, int]]:
                 process.wait()
 
 
+@contextlib.contextmanager
+def http_processes(step_ms: float, num: int) -> Iterator[tuple[str, int]]:
+    """(URL, pid) of a front door over `num` fake vLLM servers."""
+    fake = [sys.executable, "-m", "pdrelay.router.fake_vllm", "--port", "0"]
+    fake += ["--step-ms", str(step_ms), "--max-model-len", "16384"]
+    engines = [subprocess.Popen(fake, stdout=subprocess.PIPE, text=True) for _ in range(num)]
+    started = list(engines)
+    try:
+        urls = []
+        for engine in engines:
+            assert engine.stdout is not None
+            urls.append(engine.stdout.readline().split()[-1])
+        router = subprocess.Popen(
+            [sys.executable, str(Path(__file__)), "--role", "router", "--urls", *urls],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        started.append(router)  # type: ignore[arg-type]
+        assert router.stdout is not None and router.stdin is not None
+        yield f"http://127.0.0.1:{int(router.stdout.readline())}", router.pid
+        router.stdin.close()
+        router.wait(START_S)
+    finally:
+        for process in started:
+            process.terminate()
+            process.wait()
+
+
+def front_door(engine: str, step_ms: float) -> Any:
+    if engine == "native":
+        return processes(step_ms)
+    return http_processes(step_ms, 2 if engine == "vllm-pd" else 1)
+
+
 def cpu_s(pid: int) -> float:
     """CPU time of a process's main thread so far (/proc/PID/schedstat, ns)."""
     return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
@@ -206,7 +276,7 @@ async def wait_healthy(session: Any, url: str) -> None:
 async def measure_relay(url: str, pid: int, streams: int, tokens: int) -> dict[str, Any]:
     import aiohttp
 
-    body = {"prompt": [1, 2, 3], "max_tokens": tokens, "stream": True}
+    body = {"prompt": [1, 2, 3], "max_tokens": tokens, "stream": True, "temperature": 0}
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         await wait_healthy(session, url)
         await stream(session, url, body)
@@ -226,44 +296,48 @@ async def measure_relay(url: str, pid: int, streams: int, tokens: int) -> dict[s
 
 
 async def measure_ttft(
-    url: str, bare_url: str, length: int, text: bool, repeats: int
+    url: str, pid: int, bare_url: str, length: int, text: bool, repeats: int
 ) -> dict[str, Any]:
     import aiohttp
 
     rng = random.Random(length)
     times: list[float] = []
     bare_times: list[float] = []
+    cpu_times: list[float] = []
     async with aiohttp.ClientSession() as session:
         for each in (url, bare_url):
             await wait_healthy(session, each)
         for _ in range(repeats):
             ids = [rng.randrange(97, 123) for _ in range(length)]
             prompt: Any = bytes(ids).decode() if text else ids
-            body = {"prompt": prompt, "max_tokens": 1, "stream": True}
+            body = {"prompt": prompt, "max_tokens": 2, "stream": True, "temperature": 0}
             bare_times.append((await stream(session, bare_url, body))[0] * 1e3)
+            cpu = cpu_s(pid)
             times.append((await stream(session, url, body))[0] * 1e3)
+            cpu_times.append((cpu_s(pid) - cpu) * 1e3)
     p50, bare_p50 = statistics.median(times), statistics.median(bare_times)
     return {
         "prompt": f"{length} {'characters' if text else 'token ids'}",
         "ttft_ms_p50": round(p50, 3),
         "bare_ms_p50": round(bare_p50, 3),
         "added_ms": round(p50 - bare_p50, 3),
+        "front_door_cpu_ms_p50": round(statistics.median(cpu_times), 3),
         "ttft_ms_p90": round(sorted(times)[int(len(times) * 0.9)], 3),
     }
 
 
 async def run_client(args: argparse.Namespace) -> None:
-    with processes(args.step_ms) as (url, pid):
+    with front_door(args.engine, args.step_ms) as (url, pid):
         for _ in range(args.repeats):
             result = await asyncio.wait_for(
                 measure_relay(url, pid, args.streams, args.tokens), RUN_S
             )
             print(json.dumps(result), flush=True)
-    with processes(0.0) as (url, _), bare_server() as bare_url:
+    with front_door(args.engine, 0.0) as (url, pid), bare_server() as bare_url:
         for length in (128, 2048, 8192):
             for text in (False, True):
                 result = await asyncio.wait_for(
-                    measure_ttft(url, bare_url, length, text, 200), RUN_S
+                    measure_ttft(url, pid, bare_url, length, text, 200), RUN_S
                 )
                 print(json.dumps(result), flush=True)
 
@@ -276,12 +350,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--role", choices=("client", "engine", "router", "bare"), default="client")
     parser.add_argument("--fd", type=int, default=-1)
+    parser.add_argument("--engine", choices=("native", "vllm", "vllm-pd"), default="native")
+    parser.add_argument("--urls", nargs="*", default=[])
     args = parser.parse_args()
     match args.role:
         case "engine":
             asyncio.run(run_engine(args.fd, "replica-0", args.step_ms / 1e3))
         case "router":
-            asyncio.run(run_router(args.fd, "replica-0"))
+            asyncio.run(run_router(args.fd, "replica-0", args.urls))
         case "bare":
             asyncio.run(run_bare())
         case _:

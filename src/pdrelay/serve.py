@@ -37,11 +37,13 @@ from pdrelay.launch.plan import Plan
 from pdrelay.launch.preflight import check_files, check_memory, check_topology, describe
 from pdrelay.launch.ready_file import write_ready_file
 from pdrelay.launch.resolve import resolve
+from pdrelay.launch.restart_policy import RestartOptions
 from pdrelay.launch.run_dir import RunDir
 from pdrelay.launch.shared_pool import SharedPool, open_shared_pool
 from pdrelay.launch.stop_signals import StopSignals
 from pdrelay.launch.supervisor import Supervisor, SupervisorOptions
 from pdrelay.launch.topology import InstanceSpec, instances
+from pdrelay.launch.transport_choice import settle_transport
 from pdrelay.model.config import load_model_config
 
 _WORKER_EXIT_S = 10.0  # for a drained worker to exit on its own
@@ -89,6 +91,7 @@ def run_server(
     host = inspect_host()
     native = config.engine.engine == "native"
     plan = native_plan(config, host) if native else external_plan(config, host)
+    config = plan.config
     check_files(config, host)
     with contextlib.ExitStack() as stack:
         sock = stack.enter_context(contextlib.closing(listen(config.host, config.port)))
@@ -116,7 +119,8 @@ def native_plan(config: ServeConfig, host: Host) -> Plan:
     check_topology(config, host)
     resolved = resolve(config, model, host)
     check_memory(config, resolved, host)
-    return Plan(config, model, resolved, instances(config.topology))
+    specs = instances(config.topology)
+    return Plan(config, model, settle_transport(resolved, specs), specs)
 
 
 async def _run(plan: Plan, *parts: Any) -> None:
@@ -168,6 +172,7 @@ class _Server:
             options=SupervisorOptions(
                 startup_timeout_s=plan.config.startup_timeout_s,
                 worker_timeout_s=plan.config.worker_timeout_s,
+                restart=_restart_options(plan.config),
             ),
             log=_log,
             on_death=self._reclaim,
@@ -243,6 +248,13 @@ class _Server:
         workers = asyncio.create_task(self._supervisor.stop(_WORKER_EXIT_S))
         if not await _unless(workers, stop.now):
             self._supervisor.kill_all()
+
+
+def _restart_options(config: ServeConfig) -> RestartOptions:
+    """A production engine may take minutes to fail its start: deaths are counted over more time."""
+    if config.engine.engine == "native":
+        return RestartOptions()
+    return RestartOptions(max_deaths=4, window_s=4 * config.startup_timeout_s)
 
 
 async def _within(work: asyncio.Future[None], seconds: float) -> None:

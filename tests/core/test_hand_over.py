@@ -86,7 +86,7 @@ def test_each_page_goes_once_and_by_one_way(data, num_layers, num_tokens, block_
             fused = hand_over.fuse(computed, stop, num_tokens, block_size)
         if fused is not None:
             assert computed <= fused.start < fused.stop <= stop
-            assert hand_over.slots(fused, block_size) == [
+            assert hand_over.slots(fused, block_size).tolist() == [
                 (100 + token // block_size) * block_size + token % block_size
                 for token in range(fused.start, fused.stop)
             ]
@@ -125,7 +125,7 @@ def test_a_prompt_in_one_step_is_fused_but_for_its_last_part():
     hand_over.set_slots(0, [7, 5, 3])
     fused = hand_over.fuse(0, 11, 11, 4)
     assert (fused.start, fused.stop, fused.blocks) == (0, 8, range(2))
-    assert hand_over.slots(fused, 4) == [28, 29, 30, 31, 20, 21, 22, 23]
+    assert hand_over.slots(fused, 4).tolist() == [28, 29, 30, 31, 20, 21, 22, 23]
     assert [hand_over.mark_ready(layer, 3) for layer in range(2)] == [
         [Piece(layer, 2, 3)] for layer in range(2)
     ]

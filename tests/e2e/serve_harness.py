@@ -19,7 +19,7 @@ STOP_S = 40.0
 class Server:
     """`with Server(directory, "tiny", "--prefill", "1", "--decode", "1") as server: ...`"""
 
-    def __init__(self, directory: Path, *args: str) -> None:
+    def __init__(self, directory: Path, *args: str, start_s: float = START_S) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.ready_file = directory / "ready.json"
         self.event_log = directory / "events.jsonl"
@@ -35,12 +35,12 @@ class Server:
             stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
-        self._wait_ready()
+        self._wait_ready(start_s)
         self.info = json.loads(self.ready_file.read_text())
         self.url = self.info["url"]
 
-    def _wait_ready(self) -> None:
-        end = time.monotonic() + START_S
+    def _wait_ready(self, start_s: float) -> None:
+        end = time.monotonic() + start_s
         while not self.ready_file.exists():
             assert self.process.poll() is None, self.log_tail()
             assert time.monotonic() < end, self.log_tail()

@@ -301,3 +301,13 @@ def test_any_interleaving_stores_into_promised_blocks_only(
             rig.assert_arrived(name, prompt, where[name])
     assert not rig.producer.failures
     rig.close()
+
+
+def test_a_consumer_that_cannot_be_reached_fails_requests_with_the_reason(rig):
+    rig.fabric.shared.clear()  # as where the driver or a container forbids IPC
+    rig.submit("a", range(14))
+    connect(rig)
+    failures = rig.outbox.take(0, None).failures
+    assert [failure.request_id for failure in failures] == ["a"]
+    assert "decode-0 cannot be reached: the peer's memory" in failures[0].message
+    assert not rig.scheduler.requests

@@ -32,10 +32,15 @@ pytestmark = [
 ]
 
 BLOCK, CHUNK = 32, 256
-ENGINE_ARGS = ("--block-size", str(BLOCK), "--max-num-batched-tokens", str(CHUNK))
+NUM_BLOCKS = 300  # little more than the longest request: preemption is easy to cause
+ENGINE_ARGS = (
+    *("--block-size", str(BLOCK), "--max-num-batched-tokens", str(CHUNK)),
+    *("--num-gpu-blocks-override", str(NUM_BLOCKS)),
+    *("--max-model-len", "8192"),
+)
 LONG = 6_000  # tokens whose prefill takes seconds: room to abort and kill in the middle
 LEASE_S = 3.0
-WAIT_S = 120.0
+WAIT_S = 300.0
 
 
 def prompt_of(seed: int, length: int) -> list[int]:
@@ -143,6 +148,39 @@ async def test_same_tokens_as_one_instance(pd, session):
     assert metrics["vllm:pdrelay_handed_over_total"] == 48
     await p.until_idle(session)
     await d.until_idle(session)
+
+
+async def test_same_tokens_when_the_consumer_preempts(pd, session):
+    """More sequences than blocks: what was handed over is computed again."""
+    p, d = pd
+    prompts = [prompt_of(400 + i, 500) for i in range(16)]
+    seen = await asyncio.gather(
+        *(concurrent(session, p.url, d.url, p.address, prompt, 400) for prompt in prompts)
+    )
+    assert (await d.metrics(session))["vllm:num_preemptions_total"] > 0
+    await same_as_alone(session, p, prompts, seen)
+    await d.until_idle(session)
+
+
+async def test_same_tokens_when_decodes_crowd_the_producer(pd, session):
+    """Decodes of its own take P's blocks, and preempt it."""
+    p, d = pd
+    crowd = [started(session, p, prompt_of(500 + i, 1500), None, 1500) for i in range(4)]
+    await p.until_running(session)
+    prompts = [prompt_of(450 + i, 900) for i in range(10)]
+    seen = await asyncio.gather(
+        *(concurrent(session, p.url, d.url, p.address, prompt, 12) for prompt in prompts)
+    )
+    await asyncio.gather(*crowd)
+    assert (await p.metrics(session))["vllm:num_preemptions_total"] > 0
+    await same_as_alone(session, p, prompts, seen)
+    await d.until_idle(session)
+
+
+async def same_as_alone(session, p: VllmInstance, prompts, seen) -> None:
+    for tokens, prompt in zip(seen, prompts, strict=True):
+        assert tokens == tokens_of(await complete(session, p.url, prompt, len(tokens)))
+    await p.until_idle(session)
 
 
 async def test_n_completions_load_once(pd, session):

@@ -78,7 +78,7 @@ def test_every_flag_arrives():
         (["--prefill", "1"], "--prefill needs --decode"),
         (["--decode", "1"], "--decode needs --prefill"),
         (["--transport", "mappd"], "mapped?"),
-        (["--transport", "rdma"], "one of mapped, tcp, pool"),
+        (["--transport", "rdma"], "one of mapped, nccl, tcp, pool"),
         (["--engine", "vlm"], "vllm?"),
         (["--device", "tpu"], "one of auto, cpu, cuda"),
         (["--dtype", "float16"], "one of auto, float32, bfloat16"),

@@ -68,7 +68,7 @@ async def test_the_front_door_watches_the_gpus_of_its_ranks():
         assert source.wait_for_reads(2, 10.0)
         shown = front.runner.app[METRICS].render().decode()
     finally:
-        front.close()
+        await front.close()
     assert 'pdrelay:gpu_sm_utilization{gpu="1",instance="decode-0",model_name="tiny"} 0.5' in shown
     assert source.closed
 
@@ -83,5 +83,5 @@ async def test_without_gpus_there_are_no_gauges(device, found):
 
     front = RouterFrontDoor(plan_on(device), dict, open_gpus)
     shown = front.runner.app[METRICS].render().decode()
-    front.close()
+    await front.close()
     assert "pdrelay:gpu" not in shown and "vllm:num_requests_running" in shown

@@ -9,6 +9,7 @@ from http_harness import vllm_front_door
 from router_harness import until
 
 from pdrelay.router.fake_server import expected_tokens
+from pdrelay.router.vllm_stats import read_stats
 
 PROMPT = [1, 2, 3, 4]
 
@@ -254,3 +255,25 @@ async def test_what_the_instance_says_of_itself_counts():
         ready = door.clients["replica-0"].ready
         assert ready.max_model_len == 99
         assert ready.resolved["engine_version"] == "0.29.1"
+
+
+async def test_the_instances_own_figures_are_shown():
+    async with vllm_front_door() as door:
+        client = door.clients["replica-0"]
+        await door.complete(PROMPT, max_tokens=2)
+        client._counted_s = 0.0
+        await until(lambda: client.stats.num_prompt_tokens == len(PROMPT))
+        assert client.stats.num_running == 0
+        async with door.session.get(door.url + "/metrics") as response:
+            assert 'vllm:num_requests_running{instance="replica-0"' in await response.text()
+
+
+def test_figures_of_several_engine_cores_are_summed():
+    text = b"""# HELP vllm:num_requests_running x
+vllm:num_requests_running{engine="0",model_name="m"} 2.0
+vllm:num_requests_running{engine="1",model_name="m"} 3.0
+vllm:prompt_tokens_total{engine="0"} 1.5e+03
+vllm:num_requests_running_more{engine="0"} 9.0
+"""
+    stats = read_stats(text, 7)
+    assert (stats.num_running, stats.num_prompt_tokens, stats.t_ns) == (5, 1500, 7)

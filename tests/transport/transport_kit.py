@@ -15,6 +15,7 @@ from pdrelay.core.kv_layout import KVLayout
 from pdrelay.transport.base import Arrived, Descriptor, Sent, TransferFailed
 from pdrelay.transport.fake import FakeFabric
 from pdrelay.transport.host_device import HostDevice, HostFabric, HostPages
+from pdrelay.transport.nccl_fake import FakeNccl
 from pdrelay.transport.pages import SharedPages
 from pdrelay.transport.pool import PoolHandle, create_pool
 from pdrelay.transport.registry import TRANSPORTS, TransportOptions, create_transport
@@ -33,8 +34,8 @@ def _has_cuda():
 
 no_gpu = pytest.mark.skipif(not _has_cuda(), reason="needs a CUDA GPU")
 ALL = (
-    *TRANSPORTS,
-    *(f"{name}@host" for name in DEVICE_TRANSPORTS),
+    *(name for name in TRANSPORTS if name != "nccl"),
+    *(f"{name}@host" for name in (*DEVICE_TRANSPORTS, "nccl")),
     *(pytest.param(f"{name}@cuda", marks=no_gpu) for name in DEVICE_TRANSPORTS),
 )
 CANARY = 0xA5
@@ -69,11 +70,13 @@ class Kit:
     def __init__(self, name, *, timeout_s=DEADLINE_S, num_slots=256):
         self.name, _, self.where = name.partition("@")
         self.host_fabric = HostFabric()
+        self.nccl = FakeNccl()
         self.timeout_s = timeout_s
         self.fabric = FakeFabric()
         self.pool: PoolHandle | None = None
         self._num_slots = num_slots
         self._sides = []
+        self._num_devices = 0
 
     def options(self, layout, index):
         if self.name == "pool" and self.pool is None:
@@ -81,6 +84,7 @@ class Kit:
         return TransportOptions(
             timeout_s=self.timeout_s,
             fabric=self.fabric,
+            nccl=self.nccl,
             pool=self.pool.description if self.pool else b"",
             pool_fd=self.pool.fd if self.pool else -1,
             instance_index=index,
@@ -88,7 +92,10 @@ class Kit:
 
     def pages(self, layout):
         if self.where == "host":
-            return HostPages.create(layout, HostDevice(self.host_fabric))
+            self._num_devices += 1
+            return HostPages.create(
+                layout, HostDevice(self.host_fabric, f"host:{self._num_devices}")
+            )
         if self.where == "cuda":
             from cuda_kit import make_pages
 

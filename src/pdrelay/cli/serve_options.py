@@ -93,8 +93,9 @@ GROUPS: Mapping[str, Sequence[Option]] = {
     "hand-over": [
         Option(
             "transport",
-            choice("mapped", "tcp", "pool"),
-            "how KV moves: mapped (shared memory, default), tcp, pool (shared CPU pool)",
+            choice("mapped", "nccl", "tcp", "pool"),
+            "how KV moves: mapped (shared memory or CUDA IPC, default), nccl (GPUs), tcp, pool "
+            "(shared CPU pool)",
             "NAME",
         ),
         Option("kv-transfer-timeout", _SECONDS, "deadline of one hand-over in seconds (30)", "S"),

@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -112,14 +115,12 @@ class HandOver:
         assert self._num_storing > 0
         self._num_storing -= 1
 
-    def slots(self, fused: Fused, block_size: int) -> list[int]:
-        """The consumer's slots for the fused tokens."""
+    def slots(self, fused: Fused, block_size: int) -> npt.NDArray[np.int64]:
+        """The consumer's slots for the fused tokens: int64 [stop - start]."""
         assert self.first_block is not None
-        first = self.first_block
-        return [
-            self.dst_blocks[token // block_size - first] * block_size + token % block_size
-            for token in range(fused.start, fused.stop)
-        ]
+        tokens = np.arange(fused.start, fused.stop, dtype=np.int64)
+        blocks = np.asarray(self.dst_blocks, dtype=np.int64)
+        return blocks[tokens // block_size - self.first_block] * block_size + tokens % block_size
 
     # ---- pieces
 

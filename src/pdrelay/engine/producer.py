@@ -71,6 +71,7 @@ class Peer:
     link: ProducerLink | None = None
     early: dict[str, Reserve] = field(default_factory=dict)  # before the front door's Prefill
     closing: dict[str, Closing] = field(default_factory=dict)
+    refusal: str = ""  # why the transport cannot reach it
 
 
 @dataclass
@@ -403,7 +404,8 @@ class Producer:
         peer.channel.received_fds.clear()
         try:
             peer.link = self._transport.connect(hello.layout, Descriptor(hello.descriptor, fds))
-        except TransportError:
+        except TransportError as error:
+            peer.refusal = str(error)
             peer.channel.close()
             return
         for outgoing in self._of(peer):
@@ -415,7 +417,8 @@ class Producer:
     def _lose(self, peer: Peer) -> None:
         del self._peers[peer.address]
         for outgoing in self._of(peer):
-            self._fail(outgoing, WorkerLostError(f"{peer.instance} is gone; try again"))
+            reason = f"cannot be reached: {peer.refusal}" if peer.refusal else "is gone; try again"
+            self._fail(outgoing, WorkerLostError(f"{peer.instance} {reason}"))
         if peer.link is not None:
             peer.link.close()
             self._leaving[peer.address] = peer.link

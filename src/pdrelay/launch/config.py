@@ -10,7 +10,7 @@ from pdrelay.core.messages import Role
 from pdrelay.core.rank_config import Verify
 from pdrelay.launch.topology import Replicas, Topology
 
-TransportName = Literal["mapped", "tcp", "pool"]
+TransportName = Literal["mapped", "nccl", "tcp", "pool"]
 
 
 @dataclass(frozen=True)

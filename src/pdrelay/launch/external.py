@@ -7,6 +7,7 @@ import os
 import secrets
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from urllib.parse import urlsplit
 
 from pdrelay.core.endpoint import HttpEndpoint
@@ -32,7 +33,8 @@ from pdrelay.launch.sglang_driver import STREAM_FLAGS, SglangDriver
 from pdrelay.launch.topology import InstanceSpec, instances
 from pdrelay.launch.vllm_driver import OWNED as VLLM_OWNED
 from pdrelay.launch.vllm_driver import VllmDriver
-from pdrelay.model.config import is_built_in, load_model_config
+from pdrelay.model.config import is_built_in
+from pdrelay.model.foreign import find_model, load_foreign_config
 from pdrelay.model.shape_dir import write_shape_dir
 
 _OWNED = {"vllm": VLLM_OWNED, "sglang": SGLANG_OWNED}
@@ -41,12 +43,26 @@ _OWNED = {"vllm": VLLM_OWNED, "sglang": SGLANG_OWNED}
 def external_plan(config: ServeConfig, host: Host) -> Plan:
     """Raises ConfigError for what cannot run here, before any process starts."""
     check_engine_args(config)
-    model = load_model_config(config.engine.model)
+    config = _found(config)
+    model = load_foreign_config(config.engine.model)
     resolved = resolve_external(config, model, host)
     specs = instances(config.topology)
     if resolved.device == "cuda" and not config.external.attach:
         _gpus(config, specs, host)
     return Plan(config, model, resolved, specs)
+
+
+def _found(config: ServeConfig) -> ServeConfig:
+    """With a directory for a Hub name, which stays the name in the API."""
+    asked = config.engine.model
+    directory = find_model(asked)
+    if directory == asked:
+        return config
+    return replace(
+        config,
+        engine=replace(config.engine, model=directory),
+        served_model_name=config.served_model_name or asked,
+    )
 
 
 def check_engine_args(config: ServeConfig) -> None:

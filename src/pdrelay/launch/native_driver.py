@@ -15,7 +15,7 @@ from pdrelay.launch.config import ServeConfig
 from pdrelay.launch.driver import Launch, ProcessSpec, last_line
 from pdrelay.launch.resolve import ResolvedConfig
 from pdrelay.launch.run_dir import RunDir
-from pdrelay.launch.topology import InstanceSpec
+from pdrelay.launch.topology import InstanceSpec, gpu_of
 
 WORKER_COMMAND = (sys.executable, "-m", "pdrelay.engine.worker")
 _THREAD_VARIABLES = (
@@ -86,14 +86,10 @@ class RankPlan:
         )
 
     def _device(self, spec: InstanceSpec, rank: int) -> str:
-        """GPUs in topology order, over again where there are more ranks (--allow-oversubscribe).
-
-        Every rank sees every GPU that the server sees: a producer maps its consumer's pages.
-        """
+        """Every rank sees every GPU that the server sees: a producer maps its consumer's pages."""
         if self.resolved.num_gpus == 0:
             return self.resolved.device
-        index = (spec.index * spec.world_size + rank) % self.resolved.num_gpus
-        return f"{self.resolved.device}:{index}"
+        return f"{self.resolved.device}:{gpu_of(spec, rank, self.resolved.num_gpus)}"
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,8 @@ def resolve(config: ServeConfig, model: ModelConfig, host: Host) -> ResolvedConf
     device = resolve_device(config, host)
     if engine.device == "auto":
         notes.append(f"device: {device} (auto; {host.num_gpus} GPUs)")
+    if device == "cpu" and config.transport.name == "nccl":
+        raise ConfigError("--transport nccl moves KV between GPUs: on CPU, use mapped or tcp")
     dtype = _dtype(config, device, model, notes)
     tp_size = tensor_parallel_size(config.topology)
     defaults = _DEFAULTS[device]

@@ -8,9 +8,10 @@ from typing import Protocol
 
 import msgspec
 
+from pdrelay.core.clock import monotonic_ns
 from pdrelay.core.endpoint import HttpEndpoint
-from pdrelay.core.messages import EngineRequest
-from pdrelay.router import sglang_api, vllm_api
+from pdrelay.core.messages import EngineRequest, WorkerStats
+from pdrelay.router import sglang_api, vllm_api, vllm_stats
 from pdrelay.router.piece import Leg, Piece
 
 
@@ -28,6 +29,7 @@ class EngineApi(Protocol):
 
     path: str  # of generation
     fact_paths: tuple[str, ...]
+    stats_path: str  # "" where there is none
 
     def read_facts(self, answers: Mapping[str, bytes | None]) -> Facts: ...
 
@@ -37,6 +39,8 @@ class EngineApi(Protocol):
         """Reads the answer of one call: each event's data in order, or the whole body."""
 
     def error_text(self, body: bytes) -> str: ...
+
+    def read_stats(self, body: bytes) -> WorkerStats: ...
 
 
 class _Model(msgspec.Struct):
@@ -55,6 +59,7 @@ class _Version(msgspec.Struct):
 class VllmApi:
     path: str = vllm_api.COMPLETIONS
     fact_paths: tuple[str, ...] = ("/v1/models", "/version")
+    stats_path: str = "/metrics"
 
     def __init__(self) -> None:
         self._model = ""
@@ -79,10 +84,14 @@ class VllmApi:
     def error_text(self, body: bytes) -> str:
         return vllm_api.error_text(body)
 
+    def read_stats(self, body: bytes) -> WorkerStats:
+        return vllm_stats.read_stats(body, monotonic_ns())
+
 
 class SglangApi:
     path: str = sglang_api.GENERATE
     fact_paths: tuple[str, ...] = ("/v1/models", "/get_server_info")
+    stats_path: str = ""
 
     def read_facts(self, answers: Mapping[str, bytes | None]) -> Facts:
         models, server = (answers[path] for path in self.fact_paths)
@@ -101,6 +110,9 @@ class SglangApi:
 
     def error_text(self, body: bytes) -> str:
         return sglang_api.error_text(body)
+
+    def read_stats(self, body: bytes) -> WorkerStats:
+        return WorkerStats()
 
 
 def api_of(endpoint: HttpEndpoint) -> EngineApi:

@@ -52,6 +52,7 @@ class FakeServer:
         self.fail_at: int | None = None  # output position at which a stream breaks off
         self.error_at: int | None = None  # output position at which an error event comes
         self.without_ids = False
+        self.alone = False  # in a process of its own: believes what it is told of hand-overs
         self.healthy = True
         self._go = asyncio.Event()
         self._go.set()
@@ -158,6 +159,7 @@ def run_fake(
             api_key=api_key,
             step_s=args.step_ms / 1e3,
         )
+        fake.alone = True
         await _serve(fake, args.port)
 
     asyncio.run(run())

@@ -80,7 +80,7 @@ class FakeSglang(FakeServer):
         self.running += 1
         try:
             await self._go.wait()
-            if self.role is not Role.BOTH:
+            if self.role is not Role.BOTH and not self.alone:
                 port, room = body["bootstrap_port"], body["bootstrap_room"]
                 assert body["bootstrap_host"]
                 await self.rooms.meet(port, room, self.role)

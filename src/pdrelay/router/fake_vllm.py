@@ -70,11 +70,23 @@ class FakeVllm(FakeServer):
     def routes(self) -> list[web.RouteDef]:
         return [
             web.get("/version", self._version),
+            web.get("/metrics", self._metrics),
             web.post("/v1/completions", self._completions),
         ]
 
     async def _version(self, request: web.Request) -> web.Response:
         return web.json_response({"version": self.version})
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        label = f'{{engine="0",model_name="{self.model}"}}'
+        prompt_tokens = float(sum(len(body["prompt"]) for body in self.requests))
+        lines = [
+            "# TYPE vllm:num_requests_running gauge",
+            f"vllm:num_requests_running{label} {float(self.running)}",
+            f"vllm:prompt_tokens_total{label} {prompt_tokens}",
+            f"vllm:prompt_tokens_created{label} 1.7e+09",
+        ]
+        return web.Response(text="\n".join(lines) + "\n")
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         self.authorize(request)
@@ -99,7 +111,7 @@ class FakeVllm(FakeServer):
         """The prompt whose KV this instance works on; raises when a hand-over does not fit."""
         prompt: list[int] = body["prompt"]
         params = body.get("kv_transfer_params")
-        if params is None or not params.get("do_remote_prefill"):
+        if self.alone or params is None or not params.get("do_remote_prefill"):
             return prompt
         if self.connector == "pdrelay":
             key = params["pdrelay_transfer_id"]
@@ -115,6 +127,8 @@ class FakeVllm(FakeServer):
         params = body.get("kv_transfer_params")
         if params is None or not params.get("do_remote_decode"):
             return None
+        if self.alone:
+            return {"do_remote_prefill": True, "pdrelay_producer": "fake"}
         if self.connector == "pdrelay":
             self.world.hold(params["pdrelay_transfer_id"], self, body["prompt"])
             return {"pdrelay_producer": "fake"}

@@ -18,6 +18,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 
 import aiohttp
 import msgspec
+from yarl import URL
 
 from pdrelay.core.clock import monotonic_ns
 from pdrelay.core.endpoint import HttpEndpoint
@@ -50,6 +51,7 @@ from pdrelay.router.http_session import HttpSession
 from pdrelay.router.piece import Leg, Piece, join
 
 _START_POLL_S = 0.1
+_STATS_S = 2.0
 _PROBE_S = 10.0  # for an answer to a probe
 _EVENT_END = b"\n\n"
 _DATA = b"data:"
@@ -82,10 +84,13 @@ class HttpEngineClient:
         self._observer: Observer | None = None
         self._endpoint: HttpEndpoint | None = None
         self._api: EngineApi | None = None
+        self._generate_url = URL()
         self._headers: dict[str, str] = {}
         self._watcher: asyncio.Task[None] | None = None
         self._calls: dict[str, asyncio.Task[None]] = {}
+        self._news: StepResult | None = None  # not reported yet
         self._last_heard_s = 0.0
+        self._counted_s = 0.0
         self._reason = "is starting"
 
     # ---- EngineClient
@@ -134,6 +139,7 @@ class HttpEngineClient:
         self._observer = observer
         self._endpoint = endpoint
         self._api = api_of(endpoint)
+        self._generate_url = URL(endpoint.url + self._api.path)
         self._headers = {"Content-Type": "application/json"}
         if endpoint.api_key:
             self._headers["Authorization"] = f"Bearer {endpoint.api_key}"
@@ -144,6 +150,7 @@ class HttpEngineClient:
         """Cut every call. What ran is lost. Idempotent."""
         if self._endpoint is None:
             return
+        self._report()
         self._endpoint = None
         self.ready = None
         self._reason = reason
@@ -167,6 +174,17 @@ class HttpEngineClient:
                 self._last_heard_s = time.monotonic()
                 if self._observer is not None:
                     self._observer.report_alive()
+                await self._count()
+
+    async def _count(self) -> None:
+        """Fetch the instance's own figures, at most every `_STATS_S`."""
+        api = self._api
+        assert api is not None
+        if api.stats_path and time.monotonic() - self._counted_s >= _STATS_S:
+            self._counted_s = time.monotonic()
+            body = await self._get(api.stats_path)
+            if body is not None:
+                self.stats = api.read_stats(body)
 
     async def _answers(self, path: str) -> bool:
         return await self._get(path) is not None
@@ -227,15 +245,23 @@ class HttpEngineClient:
         failure = Failure(
             request_id=request_id, status=error.status, code=error.code, message=str(error)
         )
-        self._tell(StepResult(t_ns=monotonic_ns(), failures=[failure]))
-
-    def _tell(self, result: StepResult) -> None:
-        if self._listener is not None:
-            self._listener.on_step(self.instance, result)
+        self._soon().failures.append(failure)
 
     def emit(self, request_id: str, piece: Piece) -> None:
         """Report new tokens as this instance's."""
-        self._tell(StepResult(t_ns=monotonic_ns(), outputs=[piece.output(request_id)]))
+        self._soon().outputs.append(piece.output(request_id))
+
+    def _soon(self) -> StepResult:
+        """What the listener hears of at the end of this turn of the loop, all requests at once."""
+        if self._news is None:
+            self._news = StepResult(t_ns=monotonic_ns())
+            asyncio.get_running_loop().call_soon(self._report)
+        return self._news
+
+    def _report(self) -> None:
+        news, self._news = self._news, None
+        if news is not None and self._listener is not None:
+            self._listener.on_step(self.instance, news)
 
     async def _whole(self, request: EngineRequest) -> None:
         params = request.params
@@ -262,14 +288,14 @@ class HttpEngineClient:
         return piece
 
     async def stream(self, request: EngineRequest, leg: Leg) -> AsyncGenerator[Piece, None]:
-        """Pieces as they arrive, one a read of the socket. Raises as `once` does, and
+        """Pieces as they arrive. Raises as `once` does, and
         WorkerLostError when the stream ends early."""
         finished = False
         held: Piece | None = None  # the last tokens, until what follows tells the cached ones
         async with self._post(request, leg) as response:
             async for piece in self._pieces(response):
                 if held is not None:
-                    piece, held = join([held, piece]), None
+                    piece, held = join(held, piece), None
                 elif piece.finish_reason is not None and leg.wants_usage:
                     held = piece if piece.num_cached_tokens is None else None
                 if held is None and (piece.token_ids or piece.finish_reason is not None):
@@ -288,31 +314,24 @@ class HttpEngineClient:
         async for data in response.content.iter_any():
             self._last_heard_s = time.monotonic()
             *events, rest = (rest + data if rest else data).split(_EVENT_END)
-            pieces = [
-                read_piece(event[len(_DATA) :])
-                for event in events
-                if event.startswith(_DATA) and not event.endswith(_DONE)
-            ]
-            if not pieces:
-                continue
-            error = pieces[-1].error  # which is an answer's last word
-            if error:
-                del pieces[-1]
-            if pieces:
-                yield join(pieces)
-            if error:
-                raise WorkerLostError(f"{self.instance}: {error}")
+            for event in events:
+                if not event.startswith(_DATA) or event.endswith(_DONE):
+                    continue
+                piece = read_piece(event[len(_DATA) :])
+                if piece.error:
+                    raise WorkerLostError(f"{self.instance}: {piece.error}")
+                yield piece
 
     @contextlib.asynccontextmanager
     async def _post(
         self, request: EngineRequest, leg: Leg
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """Raises RequestError for any status but 200."""
-        endpoint, api = self.endpoint, self._api
+        api = self._api
         assert api is not None
         data = api.body(request, leg)
-        url = endpoint.url + api.path
-        async with self._session.get().post(url, data=data, headers=self._headers) as response:
+        post = self._session.get().post
+        async with post(self._generate_url, data=data, headers=self._headers) as response:
             if response.status != 200:
                 body = await response.content.read(_MAX_ERROR_BYTES)
                 raise self._refusal(response.status, api.error_text(body))

@@ -70,20 +70,11 @@ class Piece(msgspec.Struct):
         return first, msgspec.structs.replace(self.without_first(), prompt_logprobs=None)
 
 
-def join(pieces: list[Piece]) -> Piece:
-    """Consecutive pieces as one."""
-    if len(pieces) == 1:
-        return pieces[0]
-    whole = Piece(token_ids=[token for piece in pieces for token in piece.token_ids])
-    if any(piece.logprobs is not None for piece in pieces):
-        whole.logprobs = [each for piece in pieces for each in piece.logprobs or ()]
-    for piece in pieces:
-        whole.finish_reason = piece.finish_reason or whole.finish_reason
-        if piece.stop_token_id is not None:
-            whole.stop_token_id = piece.stop_token_id
-        if piece.num_cached_tokens is not None:
-            whole.num_cached_tokens = piece.num_cached_tokens
-        whole.prompt_logprobs = piece.prompt_logprobs or whole.prompt_logprobs
-        whole.kv_transfer_params = piece.kv_transfer_params or whole.kv_transfer_params
-        whole.error = piece.error or whole.error
-    return whole
+def join(first: Piece, second: Piece) -> Piece:
+    """The last piece with tokens, and what follows it without."""
+    assert not second.token_ids
+    return msgspec.structs.replace(
+        first,
+        num_cached_tokens=second.num_cached_tokens,
+        kv_transfer_params=second.kv_transfer_params or first.kv_transfer_params,
+    )

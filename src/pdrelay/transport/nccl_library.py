@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from pdrelay.errors import TransportError
 
 UNIQUE_ID_BYTES = 128
+_SYSTEM = "libnccl.so.2"
 _SUCCESS, _IN_PROGRESS = 0, 7
 _INT8 = 0  # ncclDataType_t
 _MAGIC = 0xCAFEBEEF
@@ -134,7 +135,7 @@ class Nccl:
 def load_nccl() -> Nccl:
     """The NCCL that torch brought, or the system's. Raises TransportError."""
     tried = []
-    for path in (*_bundled(), "libnccl.so.2"):
+    for path in (*_bundled(), _SYSTEM):
         try:
             return Nccl(ctypes.CDLL(path))
         except OSError as error:

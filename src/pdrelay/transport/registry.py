@@ -14,7 +14,7 @@ from pdrelay.transport.pages import SharedPages
 
 __all__ = ["TRANSPORTS", "TransportOptions", "create_transport"]
 
-TRANSPORTS = ("mapped", "tcp", "pool", "fake")  # each a module with `create`
+TRANSPORTS = ("mapped", "nccl", "tcp", "pool", "fake")  # each a module with `create`
 
 _Create = Callable[[SharedPages | DevicePages, str, TransportOptions], Transport]
 

@@ -73,10 +73,7 @@ class PdrelayConnector(KVConnectorBase_V1):
             is_consumer=transfer.is_kv_consumer,
         )
         check_supported(vllm_config)
-        parallel = vllm_config.parallel_config
-        address = instance_address(
-            self._config.address, getattr(parallel, "data_parallel_index", 0) or 0
-        )
+        address = instance_address(self._config.address, _data_parallel_rank(vllm_config))
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         if role is KVConnectorRole.SCHEDULER:
@@ -300,6 +297,7 @@ class WorkerHalf:
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
+        self.close()  # caches may be registered anew
         transfer = self._vllm_config.kv_transfer_config
         cache = self._vllm_config.cache_config
         num_blocks = getattr(self._kv_cache_config, "num_blocks", None) or cache.num_gpu_blocks
@@ -369,6 +367,7 @@ class WorkerHalf:
             self._producer.close()
         if self._consumer is not None:
             self._consumer.close()
+        self._producer = self._consumer = None
 
 
 def check_supported(vllm_config: Any) -> None:
@@ -379,6 +378,12 @@ def check_supported(vllm_config: Any) -> None:
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             raise ConfigError(f"PdrelayConnector does not support {name} above 1")
+
+
+def _data_parallel_rank(vllm_config: Any) -> int:
+    parallel = vllm_config.parallel_config
+    index = getattr(parallel, "data_parallel_index", None)  # older versions: the rank alone
+    return int(parallel.data_parallel_rank if index is None else index)
 
 
 def _only_group(block_ids: Any) -> list[int]:

@@ -135,6 +135,11 @@ class CudaDevice:
             self._side.wait(after)
         return self._side.copy(runs)
 
+    @property
+    def batched(self) -> bool:
+        """Whether several runs go to the driver in one call; known after the first such copy."""
+        return self._batch
+
     def submit(self, runs: Sequence[Run], stream: int) -> None:
         if len(runs) > 1 and self._batch:
             self._batch = self.driver.copy_batch(runs, stream)
@@ -170,6 +175,7 @@ class CudaDevice:
         self.driver.close_ipc(address)
 
     def pinned(self, num_bytes: int) -> CudaPinned:
+        self.make_current()
         return CudaPinned(self.driver, num_bytes)
 
     def pin(self, address: int, num_bytes: int) -> None:

