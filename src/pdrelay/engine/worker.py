@@ -146,13 +146,25 @@ def follow(config: RankConfig) -> None:
     """Rank 1..: compute what rank 0 sends until it is gone."""
     communicator = _communicator(config)
     rank = build_rank(config, communicator)
-    assert rank.cuda is None, "tensor parallelism on CUDA is refused by the launcher"
     communicator.barrier()
-    follower = Follower(_rendezvous_path(config, "tp"))
+    path = _rendezvous_path(config, "tp")
     settle_heap()
+    if rank.cuda is None:
+        _follow_on_cpu(rank, Follower(path, BatchInput))
+    else:
+        _follow_on_cuda(rank.cuda, Follower(path, StepMessage))
+
+
+def _follow_on_cpu(rank: Rank, follower: Follower[BatchInput]) -> None:
     with torch.inference_mode():
         while (batch := follower.next_batch()) is not None:
             forward(rank.model, rank.kv_pool, batch, None)
+    follower.close()
+
+
+def _follow_on_cuda(engine: CudaEngine, follower: Follower[StepMessage]) -> None:
+    while (step := follower.next_batch()) is not None:
+        engine.follower.run(step)
     follower.close()
 
 
