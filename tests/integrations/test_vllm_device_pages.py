@@ -112,7 +112,18 @@ def ended(kit):
     return side.take_finished(), side.take_failed_blocks()
 
 
+def test_small_layers_share_a_submission(kit):
+    kit.load("r", PROMPT, D_BLOCKS)
+    kit.pump()
+    kit.compute(P_BLOCKS, 8, 5)
+    kit.compute(P_BLOCKS, 14, 5)
+    assert kit.p.device.num_copies == 2  # one a step
+    kit.p.device.run()
+    assert kit.arrived_values(5, D_BLOCKS)
+
+
 def test_done_is_said_when_the_device_has_copied(kit):
+    kit.p.pages.batch_bytes = 0  # every layer by itself, as large ones are
     kit.load("r", PROMPT, D_BLOCKS)
     kit.pump()
     kit.compute(P_BLOCKS, 14, 5)
@@ -194,13 +205,13 @@ def test_memory_that_cannot_be_opened_fails_the_load(kit):
 def test_runs_merge_where_blocks_touch_on_both_sides():
     touching = LayerLayout("l", 0, "f", (Plane(0, 8, 8), Plane(800, 8, 8)))
     apart = LayerLayout("l", 0, "f", (Plane(0, 32, 8), Plane(8, 32, 8)))
-    src, dst = [1, 2, 3, 9], [11, 12, 13, 14]
-    merged = layer_runs(touching, 1000, touching, 5000, src, dst)
+    runs = [(1, 11, 3), (9, 14, 1)]
+    merged = layer_runs(touching, 1000, touching, 5000, runs)
     assert [(r.src, r.dst, r.num_bytes) for r in merged] == [
         *((1008, 5088, 24), (1072, 5112, 8)),
         *((1808, 5888, 24), (1872, 5912, 8)),
     ]
-    single = layer_runs(touching, 0, apart, 0, src, dst)
+    single = layer_runs(touching, 0, apart, 0, runs)
     assert len(single) == 8
     assert (single[5].src, single[5].dst) == (816, 12 * 32 + 8)
 

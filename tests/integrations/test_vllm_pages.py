@@ -18,6 +18,7 @@ from pdrelay.integrations.vllm.page_layout import (
     check_same_pages,
     layer_layout,
 )
+from pdrelay.integrations.vllm.pages import Move
 
 torch = pytest.importorskip("torch")
 
@@ -121,7 +122,7 @@ def test_pages_move_through_shared_memory(name):
     writer = producer.open(d_layout, handles, [os.dup(fd) for fd in fds])
     src, dst = [5, 6, 7, 0, 63], [100, 101, 9, 10, 127]
     for layer in range(LAYERS):
-        writer.write(layer, src, dst)
+        writer.write([Move(layer, src, dst)])
     assert writer.fence().done()
     writer.close()
     for key, cache in theirs.items():
@@ -141,7 +142,7 @@ def test_runs_are_copied_at_once():
     consumer = cpu_pages(layout, storages, share=True)
     handles, fds = consumer.handles()
     writer = consumer.open(layout, handles, [os.dup(fds[0])])
-    assert writer.write(0, [1, 2, 3, 9], [11, 12, 13, 14]) == 2
+    assert writer.write([Move(0, [1, 2, 3, 9], [11, 12, 13, 14])]) == 2
     writer.close()
     consumer.close()
 

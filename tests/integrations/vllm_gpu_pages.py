@@ -12,6 +12,7 @@ import msgspec
 import torch
 
 from pdrelay.integrations.vllm.page_layout import PageLayout, check_same_pages
+from pdrelay.integrations.vllm.pages import Move
 from pdrelay.integrations.vllm.registered import create_pages, describe
 
 BLOCKS, SIZE, HEADS, DIM, LAYERS = 256, 16, 8, 128, 4
@@ -77,7 +78,7 @@ def move_between_processes() -> None:
                 for k, block in enumerate(SRC):
                     cache.select(axis, block).fill_(value(i, k))
                 pages.kv_written()
-                writer.write(i, SRC, DST)
+                writer.write([Move(i, SRC, DST)])
             fence = writer.fence()
             assert not fence.done()
             fence.wait()

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from pdrelay.errors import TransportError
 from pdrelay.integrations.vllm.page_layout import LayerLayout, PageLayout, Plane
+from pdrelay.integrations.vllm.pages import Move
 
 PAGE_BYTES = 8
 
@@ -62,6 +63,7 @@ class FakePages:
     owner has taken back, into which nothing may be stored."""
 
     transport = "fake"
+    batch_bytes = 0
 
     def __init__(self, world: FakeWorld, layout: PageLayout) -> None:
         self.layout = layout
@@ -98,15 +100,16 @@ class FakeWriter:
         self._world, self._source, self._target = world, source, target
         self.closed = False
 
-    def write(self, layer: int, src_blocks: Sequence[int], dst_blocks: Sequence[int]) -> int:
+    def write(self, moves: Sequence[Move]) -> int:
         assert not self.closed
         if self._target.broken:
             raise TransportError("the fake pages are broken")
-        copy = Copy(self._source, self._target, layer, list(src_blocks), list(dst_blocks))
-        self._world.queue.append(copy)
+        for move in moves:
+            src, dst = list(move.src_blocks), list(move.dst_blocks)
+            self._world.queue.append(Copy(self._source, self._target, move.layer, src, dst))
         if self._world.eager:
             self._world.land()
-        return 1
+        return len(moves)
 
     def fence(self) -> FakeFence:
         return FakeFence(self._world, self._world.num_landed + len(self._world.queue))

@@ -7,6 +7,7 @@ is complete for a writer even though the device may still be working on it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from pdrelay.integrations.vllm.page_layout import PageLayout
@@ -22,11 +23,20 @@ class Fence(Protocol):
         """Block until `done`, without holding the interpreter's lock."""
 
 
+@dataclass(frozen=True)
+class Move:
+    """One layer of blocks, from the producer's to the consumer's."""
+
+    layer: int
+    src_blocks: Sequence[int]
+    dst_blocks: Sequence[int]
+
+
 class PageWriter(Protocol):
     """A producer's way into one consumer's pages. Used under the producer's lock."""
 
-    def write(self, layer: int, src_blocks: Sequence[int], dst_blocks: Sequence[int]) -> int:
-        """Copy one layer of blocks; returns the number of contiguous pieces.
+    def write(self, moves: Sequence[Move]) -> int:
+        """Copy what was written before the last `kv_written`; returns the contiguous pieces.
 
         Raises TransportError when the consumer's pages cannot be reached any more.
         """
@@ -42,6 +52,7 @@ class Pages(Protocol):
 
     transport: str
     layout: PageLayout
+    batch_bytes: int  # what makes a submission worth its cost; 0: every layer by itself
 
     def handles(self) -> tuple[list[bytes], tuple[int, ...]]:
         """What a producer's `open` needs; the file descriptors stay open here."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from pdrelay.core.channel import Channel
@@ -31,7 +31,7 @@ from pdrelay.integrations.vllm.messages import (
     Welcome,
 )
 from pdrelay.integrations.vllm.page_layout import check_inside, check_same_pages
-from pdrelay.integrations.vllm.pages import Fence, Pages, PageWriter
+from pdrelay.integrations.vllm.pages import Fence, Move, Pages, PageWriter
 from pdrelay.integrations.vllm.stats import HandOverStats
 from pdrelay.integrations.vllm.step import Chunk, StepPlan
 
@@ -77,7 +77,8 @@ class Outgoing:
     ended: bool = False
     held: bool = False  # vLLM waits for us to free the blocks
     lease_end_ns: int = 0  # while held and not announced
-    num_pages: int = 0
+    moves: list[Move] = field(default_factory=list)  # ready, not written yet
+    moves_bytes: int = 0
     num_pieces: int = 0
     start_ns: int = 0
     end_ns: int = 0
@@ -124,6 +125,7 @@ class Producer:
         for request_id in plan.rewound:
             outgoing = self._by_request.get(request_id)
             if outgoing is not None:
+                assert not outgoing.moves, "a step that was begun did not end"
                 outgoing.hand_over.rewind()
                 outgoing.blocks = []
         for request_id, reason in plan.dropped.items():
@@ -144,21 +146,34 @@ class Producer:
         if not self._chunks or layer in self._written:
             return
         self._written.add(layer)
-        self._pages.kv_written()
-        for chunk in self._chunks:
-            outgoing = self._by_request.get(chunk.request_id)
-            if outgoing is None or outgoing.verdict is not None or outgoing.ended:
-                continue
+        for outgoing, chunk in self._in_step():
             last = chunk.num_ready >= outgoing.num_tokens
             complete = chunk.num_ready // self._pages.layout.block_size
             ready = outgoing.hand_over.num_blocks if last else complete
-            self._send(outgoing, outgoing.hand_over.mark_ready(layer, ready))
+            self._queue(outgoing, outgoing.hand_over.mark_ready(layer, ready))
+        due = [out for out, _ in self._in_step() if out.moves_bytes > self._pages.batch_bytes]
+        if due:
+            self._pages.kv_written()
+        for outgoing in due:
+            self._write(outgoing)
 
     def end_step(self) -> None:
         """The forward is issued: layers that did not report (graph replay) are written too."""
+        if not self._chunks:
+            return
         for layer in range(len(self._pages.layout.layers)):
             self.layer_written(layer)
+        self._pages.kv_written()
+        for outgoing, _ in self._in_step():
+            self._write(outgoing)
         self._chunks = []
+
+    def _in_step(self) -> Iterator[tuple[Outgoing, Chunk]]:
+        """What this step computes and may still be sent."""
+        for chunk in self._chunks:
+            outgoing = self._by_request.get(chunk.request_id)
+            if outgoing is not None and outgoing.verdict is None and not outgoing.ended:
+                yield outgoing, chunk
 
     def take_finished(self) -> set[str]:
         """Held requests whose blocks are free to go, each once."""
@@ -313,7 +328,9 @@ class Producer:
         hand_over = outgoing.hand_over
         first = min(announce.first_block, hand_over.num_blocks)
         blocks = announce.blocks[: hand_over.num_blocks - first]
-        self._send(outgoing, hand_over.set_slots(first, blocks))
+        self._queue(outgoing, hand_over.set_slots(first, blocks))
+        if not any(out is outgoing for out, _ in self._in_step()):
+            self._write(outgoing)  # else the step does, which knows what is written
 
     def _open(self, link: Link) -> bool:
         """Reach the consumer's pages, if that was not done yet; refuse it if that fails."""
@@ -345,30 +362,35 @@ class Producer:
             return "an announced block does not exist"
         return ""
 
-    def _send(self, outgoing: Outgoing, pieces: Sequence[Piece]) -> None:
+    def _queue(self, outgoing: Outgoing, pieces: Sequence[Piece]) -> None:
+        """What is ready goes with the next `_write`."""
+        for piece in pieces:
+            src = outgoing.blocks[piece.start : piece.stop]
+            dst = outgoing.hand_over.destinations(piece)
+            outgoing.moves.append(Move(piece.layer, src, dst))
+            block_bytes = self._pages.layout.layers[piece.layer].block_bytes
+            outgoing.moves_bytes += len(src) * block_bytes
+
+    def _write(self, outgoing: Outgoing) -> None:
+        """Store what is queued; that all is stored ends the transfer."""
         link = outgoing.link
         if link is None or link.writer is None:
             return
-        start_ns = self._clock()
-        try:
-            for piece in pieces:
-                src = outgoing.blocks[piece.start : piece.stop]
-                dst = outgoing.hand_over.destinations(piece)
-                outgoing.num_pieces += link.writer.write(piece.layer, src, dst)
-                outgoing.num_pages += len(src)
-                self.stats.num_bytes += len(src) * self._layer_bytes(piece.layer)
-        except TransportError as error:
-            self._give_up(outgoing, f"the producer cannot store: {error}")
-            return
-        if pieces:
+        moves, outgoing.moves = outgoing.moves, []
+        num_bytes, outgoing.moves_bytes = outgoing.moves_bytes, 0
+        if moves:
+            start_ns = self._clock()
+            try:
+                outgoing.num_pieces += link.writer.write(moves)
+            except TransportError as error:
+                self._give_up(outgoing, f"the producer cannot store: {error}")
+                return
+            self.stats.num_bytes += num_bytes
             outgoing.start_ns = outgoing.start_ns or start_ns
             outgoing.end_ns = self._clock()
             outgoing.busy_ns += outgoing.end_ns - start_ns
         if outgoing.hand_over.all_sent:
             self._conclude(outgoing, self._done(outgoing))
-
-    def _layer_bytes(self, layer: int) -> int:
-        return self._pages.layout.layers[layer].block_bytes
 
     def _done(self, outgoing: Outgoing) -> Done:
         layout = self._pages.layout

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from pdrelay.core.kv_layout import contiguous_runs
 from pdrelay.errors import TransportError
 from pdrelay.integrations.vllm.page_layout import PageLayout, Plane
-from pdrelay.integrations.vllm.pages import PassedFence
+from pdrelay.integrations.vllm.pages import Move, PassedFence
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -36,6 +36,7 @@ class SharedMemoryPages:
     of them one after the other, each at a multiple of the page size (`region_starts`)."""
 
     transport = "shm"
+    batch_bytes = 0
 
     def __init__(
         self,
@@ -106,12 +107,15 @@ class SharedMemoryWriter:
         self._sources = sources
         self._targets = layer_views(layout, regions)
 
-    def write(self, layer: int, src_blocks: Sequence[int], dst_blocks: Sequence[int]) -> int:
+    def write(self, moves: Sequence[Move]) -> int:
         pieces = 0
-        for source, target in zip(self._sources[layer], self._targets[layer], strict=True):
-            for a, b, n in contiguous_runs(src_blocks, dst_blocks):
-                target[b : b + n] = source[a : a + n]
-                pieces += 1
+        for move in moves:
+            runs = list(contiguous_runs(move.src_blocks, move.dst_blocks))
+            views = zip(self._sources[move.layer], self._targets[move.layer], strict=True)
+            for source, target in views:
+                for a, b, n in runs:
+                    target[b : b + n] = source[a : a + n]
+                pieces += len(runs)
         return pieces
 
     def fence(self) -> PassedFence:
