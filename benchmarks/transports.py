@@ -1,11 +1,13 @@
 """How fast each transport moves KV, beside a plain memory copy of the same bytes in the same run.
 
     python benchmarks/transports.py [--repeats N] [--sizes BLOCKS,...] [--transports mapped,tcp,...]
+    python benchmarks/transports.py --device cuda [--transports mapped,tcp,pool] [--seconds S]
 
 Both sides run in this process: for tcp and pool, on a second thread. Times are from the first
 `send` to `Arrived`, best and median of the repeats, after a warm-up that touches all pages. The
 block ids are one run (a fresh pool) or shuffled (an old one). A copy reads and writes each byte
-once, and that is mapped's bound; tcp and pool copy everything twice.
+once, and that is mapped's bound; tcp and pool copy everything twice. On GPUs (one or two) the
+consumer is a process of its own: see gpu_transports.py.
 """
 
 from __future__ import annotations
@@ -96,8 +98,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--sizes", default="8,32,128,512", help="blocks a hand-over")
-    parser.add_argument("--transports", default="mapped,tcp,pool,fake")
+    parser.add_argument("--transports", default="")
+    parser.add_argument(
+        "--device", default="cpu", help="cpu or cuda; host or process to rehearse cuda"
+    )
+    parser.add_argument("--seconds", type=float, default=100.0, help="cuda: begin nothing later")
+    parser.add_argument("--peer", type=int, default=-1, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.device != "cpu":
+        from gpu_transports import run_gpu, serve_consumer
+
+        if arguments.peer >= 0:
+            serve_consumer(arguments.peer, arguments.device)
+            return
+        names = (arguments.transports or "mapped,tcp,pool").split(",")
+        run_gpu(arguments.device, names, arguments.repeats, arguments.seconds)
+        return
     layout = TINY
     with ExitStack() as stack:
         pages = [SharedPages.create(layout) for _ in range(2)]
@@ -109,7 +125,7 @@ def main() -> None:
             f"one layer of one block {layout.layer_block_bytes} B, one block {layout.block_bytes} B"
         )
         print(f"{os.cpu_count()} cores, {arguments.repeats} repeats: best (median) GB/s")
-        names = arguments.transports.split(",")
+        names = (arguments.transports or "mapped,tcp,pool,fake").split(",")
         print(f"{'blocks':>7}{'MB':>8} {'ids':<9}" + "".join(f"{n:>16}" for n in ["copy", *names]))
         for order in ("run", "shuffled"):
             for count in map(int, arguments.sizes.split(",")):

@@ -20,6 +20,8 @@ RANKS = {
     "engine": 4,
     "integrations": 5,
     "launch": 6,
+    "doctor": 6,  # its preflight asks launch; launch asks its diagnose
+    "telemetry": 6,
     "router": 7,
     "bench": 8,
     "lab": 9,
@@ -28,17 +30,57 @@ RANKS = {
     "cli": 11,
     "__main__": 12,
 }
-TORCH_FREE = ("core", "model", "transport", "launch", "router", "bench", "lab", "cli")
+TORCH_FREE = (
+    "core",
+    "model",
+    "transport",
+    "launch",
+    "doctor",
+    "telemetry",
+    "router",
+    "bench",
+    "lab",
+    "cli",
+)
+# Behind a seam of a torch-free layer: imported by name, inside functions, when a rank has a GPU.
+DEVICE_PACKAGES = ("pdrelay.transport.cuda",)
 
 
 def layer_of(path: Path) -> str:
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
+def module_of(path: Path) -> str:
+    parts = ("pdrelay", *path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts).removesuffix(".__init__")
+
+
+def of_a_device(module: str) -> bool:
+    return module.startswith(DEVICE_PACKAGES)
+
+
 def imports_of(path: Path) -> list[tuple[int, str]]:
     """(line, dotted module) of every import, those inside functions too."""
+    return imports_among(path, ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+def imports_at_start(path: Path) -> list[tuple[int, str]]:
+    """Of the imports that run when the module is imported; none in functions."""
+    nodes, found = [ast.parse(path.read_text(encoding="utf-8"))], []
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        found.append(node)
+        nodes += ast.iter_child_nodes(node)
+    return imports_among(path, found)
+
+
+def imports_among(path: Path, nodes) -> list[tuple[int, str]]:
     found = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes:
         if isinstance(node, ast.Import):
             found += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -69,10 +111,19 @@ def test_imports_point_down(path):
 
 def test_modules_without_torch_do_not_name_it():
     for path in modules():
-        if layer_of(path) not in TORCH_FREE:
+        if layer_of(path) not in TORCH_FREE or of_a_device(module_of(path)):
             continue
         for line, module in imports_of(path):
             assert module.split(".")[0] != "torch", f"{path}:{line} imports torch"
+
+
+def test_device_modules_are_imported_by_nothing_at_its_start():
+    assert any(of_a_device(module_of(path)) for path in modules())
+    for path in modules():
+        if of_a_device(module_of(path)):
+            continue
+        for line, module in imports_at_start(path):
+            assert not of_a_device(module), f"{path}:{line} imports {module} at its start"
 
 
 def python(code: str) -> str:
@@ -85,11 +136,10 @@ def python(code: str) -> str:
 
 def test_front_door_processes_never_load_torch():
     names = [
-        ".".join(("pdrelay", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(
-            ".__init__"
-        )
+        module_of(path)
         for path in modules()
         if layer_of(path) in (*TORCH_FREE, "serve", "front_door", "errors")
+        and not of_a_device(module_of(path))
     ]
     code = "import importlib, sys\n"
     code += f"for name in {names!r}: importlib.import_module(name)\n"

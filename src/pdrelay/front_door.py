@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,16 +20,22 @@ from pdrelay.launch.plan import Plan
 from pdrelay.launch.topology import InstanceSpec
 from pdrelay.model.generation_config import load_generation_config
 from pdrelay.model.tokenizer import load_tokenizer
-from pdrelay.router.app import build_app
+from pdrelay.router.app import METRICS, build_app
 from pdrelay.router.bridge import Bridge
 from pdrelay.router.cluster import Cluster
 from pdrelay.router.config import ModelInfo, RouterConfig
 from pdrelay.router.engine_client import StreamEngineClient
 from pdrelay.router.event_log import EventLog
+from pdrelay.router.gpu_metrics import GpuMetrics
 from pdrelay.router.http_client import HttpEngineClient
 from pdrelay.router.http_pd import HandOvers, NixlStyle, PdrelayStyle, SglangStyle, Style
 from pdrelay.router.http_session import HttpSession
+from pdrelay.router.metrics import Metrics
 from pdrelay.router.server import make_runner
+from pdrelay.telemetry.assignment import Worker, assign
+from pdrelay.telemetry.source import NoGpu, OpenGpus, open_source
+
+_log = logging.getLogger(__name__)
 
 _MAX_PING_INTERVAL_S = 1.0
 _MAX_ANSWER_TIMEOUT_S = 15.0  # after which /health says 503, long before the worker is killed
@@ -70,7 +77,12 @@ def hand_over_style(plan: Plan) -> Style:
 class RouterFrontDoor:
     """The router as `pdrelay.serve.FrontDoor`."""
 
-    def __init__(self, plan: Plan, down: Callable[[], dict[str, str]]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        down: Callable[[], dict[str, str]],
+        open_gpus: OpenGpus = open_source,
+    ) -> None:
         """`down`: instance id to why it is not ready. Raises ConfigError and ModelError."""
         request_short_slices()
         self._plan = plan
@@ -82,7 +94,31 @@ class RouterFrontDoor:
         model = model_info(plan)
         self._event_log = EventLog(plan.config.event_log)
         config = router_config(plan.config)
-        self.runner = make_runner(build_app(config, model, cluster, self._event_log, down), config)
+        app = build_app(config, model, cluster, self._event_log, down)
+        self.runner = make_runner(app, config)
+        self._incarnations: dict[str, Instance] = {}
+        self._gpus = self._watch_gpus(app[METRICS], open_gpus)
+
+    def _watch_gpus(self, metrics: Metrics, open_gpus: OpenGpus) -> GpuMetrics | None:
+        """Gauges of the GPUs, where ranks run on some and they can be read."""
+        if not self._plan.resolved.device.startswith("cuda"):
+            return None
+        source = open_gpus()
+        if isinstance(source, NoGpu):
+            _log.info("no GPU metrics: %s", source.reason)
+            return None
+        gpus = GpuMetrics(
+            source,
+            self._plan.resolved.served_model_name,
+            lambda: assign([self._worker(spec) for spec in self._plan.specs], source.gpus),
+        )
+        metrics.add(gpus)
+        return gpus
+
+    def _worker(self, spec: InstanceSpec) -> Worker:
+        incarnation = self._incarnations.get(spec.instance)
+        ready = incarnation.ready if incarnation is not None else None
+        return Worker(spec.instance, spec.world_size, ready.resolved if ready is not None else {})
 
     def _client(self, spec: InstanceSpec) -> StreamEngineClient | HttpEngineClient:
         timeout_s = self._plan.config.worker_timeout_s
@@ -105,6 +141,7 @@ class RouterFrontDoor:
         )
 
     def on_started(self, instance: Instance, control: Control) -> None:
+        self._incarnations[instance.instance] = instance
         self._bridge.on_started(instance, control)
 
     def attach(self, instance: AttachedInstance, endpoint: HttpEndpoint) -> None:
@@ -119,6 +156,8 @@ class RouterFrontDoor:
                 client.send(Drain())
 
     async def close(self) -> None:
+        if self._gpus is not None:
+            self._gpus.close()
         for client in self._clients:
             client.close()
         await self._session.close()

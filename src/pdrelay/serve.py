@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from aiohttp import web
 
 from pdrelay.core.endpoint import HttpEndpoint
+from pdrelay.core.heap import settle_heap
 from pdrelay.errors import LaunchError, TransportError
 from pdrelay.launch.attached import AttachedInstance, Attachments
 from pdrelay.launch.config import ServeConfig
@@ -42,6 +43,7 @@ from pdrelay.launch.shared_pool import SharedPool, open_shared_pool
 from pdrelay.launch.stop_signals import StopSignals
 from pdrelay.launch.supervisor import Supervisor, SupervisorOptions
 from pdrelay.launch.topology import InstanceSpec, instances
+from pdrelay.launch.transport_choice import settle_transport
 from pdrelay.model.config import load_model_config
 
 _WORKER_EXIT_S = 10.0  # for a drained worker to exit on its own
@@ -117,7 +119,8 @@ def native_plan(config: ServeConfig, host: Host) -> Plan:
     check_topology(config, host)
     resolved = resolve(config, model, host)
     check_memory(config, resolved, host)
-    return Plan(config, model, resolved, instances(config.topology))
+    specs = instances(config.topology)
+    return Plan(config, model, settle_transport(resolved, specs), specs)
 
 
 async def _run(plan: Plan, *parts: Any) -> None:
@@ -210,6 +213,7 @@ class _Server:
         started = time.monotonic()
         if not await _unless(asyncio.create_task(self._supervisor.start()), stop.drain):
             return
+        settle_heap()
         self._announce(time.monotonic() - started)
         await stop.drain.wait()
         _say("pdrelay is draining; a second signal ends it at once")

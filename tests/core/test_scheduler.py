@@ -317,3 +317,79 @@ def test_update_ignores_requests_aborted_during_the_step():
     tokens = scheduler.update(plan, [10, 20])
     assert [(t.request.request_id, t.index, t.token_id) for t in tokens] == [("b", 1, 20)]
     scheduler.check_integrity()
+
+
+def touched_blocks(chunk):
+    return chunk.request.block_table[: -(-(chunk.start + chunk.length) // 4)]
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(0, 10**6), st.integers(9, 30), st.integers(3, 30))
+def test_blocks_of_a_step_in_flight_stay_with_their_request(seed, num_blocks, budget):
+    """Under aborts, stops and preemption: no such block is free, cached, or promised to a peer."""
+    rng = random.Random(seed)
+    scheduler = make_scheduler(num_blocks, budget=budget, seqs=5, caching=rng.random() < 0.5)
+    waiting = [
+        make_request(f"r{i}", [rng.randrange(9) for _ in range(rng.randint(1, 20))], 8)
+        for i in range(10)
+    ]
+    outputs: dict[str, list[int]] = {}
+    in_flight = []
+    reserved = []
+    for _ in range(3000):
+        if not waiting and scheduler.idle and not in_flight:
+            break
+        if waiting and rng.random() < 0.3:
+            (scheduler.add if rng.random() < 0.6 else scheduler.expect)(waiting.pop())
+        if scheduler.requests and rng.random() < 0.05:
+            scheduler.finish(scheduler.requests[rng.choice(sorted(scheduler.requests))])
+        if reserved and rng.random() < 0.5:
+            request = reserved.pop()
+            if request.status is Status.RESERVED:
+                scheduler.commit(request, 1)
+        if len(in_flight) < 2:
+            plan = scheduler.schedule()
+            check_plan(scheduler, plan)
+            reserved += [r.request for r in plan.reservations]
+            if plan.chunks:
+                in_flight.append((plan, [(c, touched_blocks(c)) for c in plan.chunks]))
+        scheduler.check_integrity()
+        for _, touched in in_flight:
+            for chunk, blocks in touched:
+                assert chunk.request.block_table[: len(blocks)] == blocks
+                assert scheduler.blocks._transfer_refs[blocks[-1]] == 0
+        if in_flight and rng.random() < 0.6:
+            plan, _ = in_flight.pop(0)
+            sampled = [rng.choice([EOS, 5, 6]) for c in plan.chunks if c.samples]
+            for token in scheduler.update(plan, sampled):
+                outputs.setdefault(token.request.request_id, []).append(token.token_id)
+    assert scheduler.idle and not in_flight
+    counts = scheduler.counts()
+    assert counts.used == counts.in_transfer == 0
+
+
+def test_a_stop_in_the_step_before_keeps_the_blocks_until_the_next_is_read():
+    scheduler = make_scheduler(num_blocks=4)
+    scheduler.add(make_request("a", [1, 2, 3], max_tokens=5))
+    first = scheduler.schedule()
+    second = scheduler.schedule()
+    (token,) = scheduler.update(first, [EOS])
+    assert token.finish_reason == "stop" and not scheduler.requests
+    assert not scheduler.idle and scheduler.counts().used == 1
+    scheduler.check_integrity()
+    assert scheduler.update(second, [7]) == []
+    assert scheduler.idle and scheduler.counts().free == 4
+
+
+def test_preemption_waits_for_the_victims_step():
+    scheduler = make_scheduler(num_blocks=4, budget=16)
+    for name in ("a", "b"):
+        scheduler.add(make_request(name, list(range(8)), max_tokens=6))
+    first = scheduler.schedule()
+    assert [c.length for c in first.chunks] == [8, 8]
+    second = scheduler.schedule()
+    assert second.blocked and not second.chunks and not second.preempted
+    scheduler.update(first, [1, 2])
+    third = scheduler.schedule()
+    assert [r.request_id for r in third.preempted] == ["b"]
+    assert [c.request.request_id for c in third.chunks] == ["a"]

@@ -31,7 +31,7 @@ from pdrelay.core.messages import (
 from pdrelay.core.sampling_params import SamplingParams
 from pdrelay.core.scheduler import Scheduler, SchedulerConfig
 from pdrelay.engine.consumer import Consumer
-from pdrelay.engine.fake_runner import FakeRunner, fake_layout
+from pdrelay.engine.fake_runner import AsyncFakeRunner, FakeRunner, fake_layout
 from pdrelay.engine.loop import EngineLoop
 from pdrelay.engine.outbox import Outbox
 from pdrelay.engine.prefix_writer import PrefixWriter
@@ -56,6 +56,7 @@ class Instance:
         seqs=8,
         timeout_s=5.0,
         verify="full",
+        overlap=False,
     ):
         self.name = name
         layout = fake_layout(num_blocks=num_blocks)
@@ -66,7 +67,7 @@ class Instance:
             BlockManager(num_blocks),
             self.transport.prefix_store if self.transport else None,
         )
-        self.runner = FakeRunner(self.pages)
+        self.runner = AsyncFakeRunner(self.pages) if overlap else FakeRunner(self.pages)
         outbox = Outbox()
         shared = dict(
             instance=name,
@@ -112,6 +113,8 @@ class Instance:
                 if part is not None:
                     part.close()
             self.loop._control.close()
+            if isinstance(self.runner, AsyncFakeRunner):
+                self.runner.close()
 
     def stop(self):
         """End the loop as a killed process would: its sockets close."""

@@ -12,12 +12,13 @@ from pdrelay.engine.attention import (
     DecodeSegment,
     ForwardContext,
     PrefillSegment,
-    select_attention,
 )
 from pdrelay.engine.attention.cpu import CpuAttention
 from pdrelay.engine.attention.reference import ReferenceAttention
 from pdrelay.engine.attention.sdpa import SdpaAttention
+from pdrelay.engine.backend import select_backend
 from pdrelay.engine.kernels import load_kernels
+from pdrelay.engine.layers import KernelOps, TorchOps
 
 torch.set_num_threads(1)
 
@@ -125,10 +126,14 @@ def test_bfloat16():
 
 
 def test_selection():
-    kernels, cpu = load_kernels(), torch.device("cpu")
-    pick = lambda dim, dtype, k: type(select_attention(AttentionShape(2, 1, dim), dtype, cpu, k))  # noqa: E731
-    assert pick(32, torch.float32, kernels) is CpuAttention
-    assert pick(18, torch.float32, kernels) is SdpaAttention  # no whole vectors
-    assert pick(512, torch.float32, kernels) is SdpaAttention
-    assert pick(32, torch.bfloat16, kernels) is SdpaAttention
-    assert pick(32, torch.float32, None) is SdpaAttention
+    def pick(head_dim, dtype, use_kernels=True):
+        shape = AttentionShape(2, 1, head_dim)
+        backend = select_backend(shape, dtype, torch.device("cpu"), use_kernels)
+        return type(backend.attention), type(backend.ops)
+
+    assert load_kernels() is not None
+    assert pick(32, torch.float32) == (CpuAttention, KernelOps)
+    assert pick(18, torch.float32) == (SdpaAttention, KernelOps)  # no whole vectors
+    assert pick(512, torch.float32) == (SdpaAttention, KernelOps)
+    assert pick(32, torch.bfloat16) == (SdpaAttention, TorchOps)
+    assert pick(32, torch.float32, False) == (SdpaAttention, TorchOps)

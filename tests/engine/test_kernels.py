@@ -14,7 +14,7 @@ from model_harness import small_config
 from pdrelay.engine import kernels
 from pdrelay.engine.kernels import build as kernel_build
 from pdrelay.engine.kernels.workspace import Workspace
-from pdrelay.engine.layers import HeadNorms, KernelOps, TorchOps, rope_table, select_ops
+from pdrelay.engine.layers import HeadNorms, KernelOps, TorchOps, rope_table
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -90,12 +90,6 @@ def test_rope_write_kv(ops, with_norms, head_dim):
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
     written = results[0][1].transpose(1, 2).flatten(0, 1).flatten(1).abs().sum(dim=1).nonzero()
     assert written[:, 0].tolist() == sorted(slots.tolist())
-
-
-def test_kernels_serve_float32_on_cpu_only():
-    assert isinstance(select_ops(torch.float32, CPU), KernelOps)
-    assert isinstance(select_ops(torch.bfloat16, CPU), TorchOps)
-    assert isinstance(select_ops(torch.float32, CPU, use_kernels=False), TorchOps)
 
 
 def test_workspace_reuses_and_grows():

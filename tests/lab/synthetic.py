@@ -26,6 +26,8 @@ from pdrelay.lab.rundir import (
     write_jsonl,
 )
 from pdrelay.lab.topology import LabTopology, parse_topologies
+from pdrelay.telemetry.fake import FakeSource
+from pdrelay.telemetry.sample import GpuLog, GpuSample
 
 MS = 1_000_000
 LAYOUT = KVLayout(
@@ -294,3 +296,18 @@ def _write_topology(root: Path, world: World, repeats: int) -> None:
     ]
     write_json(directory / "workers.json", workers)
     write_jsonl(directory / "events.jsonl", list(world.records))
+    write_jsonl(directory / "gpu.jsonl", _gpu_lines(world, instances))
+
+
+def _gpu_lines(world: World, instances: list[str]) -> list[GpuLog | GpuSample]:
+    """One GPU an instance, read every 100 ms from the first event to the last."""
+    source = FakeSource(len(instances))
+    placed = {name: [index] for index, name in enumerate(instances)}
+    log = GpuLog(gpus=source.gpus, instances=placed, assignment="as made up", period_s=0.1)
+    times = [event.t_ns for record in world.records for event in record.events]
+    samples = []
+    for t_ns in range(min(times) - 100 * MS, max(times), 100 * MS):
+        for sample in source.read():
+            sample.t_ns = t_ns
+            samples.append(sample)
+    return [log, *samples]

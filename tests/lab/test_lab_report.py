@@ -46,11 +46,11 @@ def test_every_section_is_filled(page):
     anchors = [element.get("id") for element in page.iter("section")]
     assert anchors == [
         "verdict", "ttft", "traffic", "interference", "shapes", "phases", "transfers",
-        "timelines", "validity", "methodology", "environment", "commands",
+        "gpus", "timelines", "validity", "methodology", "environment", "commands",
     ]  # fmt: skip
     assert not [element for element in page.iter() if element.get("class") == "empty"]
     svg = "{http://www.w3.org/2000/svg}svg"
-    for anchor in ("ttft", "traffic", "interference", "shapes", "phases", "timelines"):
+    for anchor in ("ttft", "traffic", "interference", "shapes", "phases", "gpus", "timelines"):
         assert list(section(page, anchor).iter(svg)), anchor
 
 

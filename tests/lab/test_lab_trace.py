@@ -25,7 +25,7 @@ def test_a_process_for_every_instance_and_link(trace):
     for name in ("P/D 1:1 · prefill-0", "P/D 1:1 · decode-0", "P/D 1:1 · router",
                  "P/D 1:1 · link prefill-0 → decode-0", "TP=2 · tp-0"):  # fmt: skip
         assert name in named
-    pids = {e["pid"] for e in of_phase(trace, "X")}
+    pids = {e["pid"] for e in of_phase(trace, "X") + of_phase(trace, "C")}
     assert pids == {e["pid"] for e in of_phase(trace, "M") if e["name"] == "process_name"}
 
 

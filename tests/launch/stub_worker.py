@@ -95,6 +95,9 @@ def main() -> int:
     if "exit" in mode:
         print("the reason is on the last line", file=sys.stderr)
         return 3
+    if "no-torch" in mode:
+        print("ModuleNotFoundError: No module named 'torch'", file=sys.stderr)
+        return 1
     if "child" in mode:
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
         print(f"grandchild {child.pid}", flush=True)
@@ -105,6 +108,9 @@ def main() -> int:
     control: Channel[ToWorker] = Channel(sock, ToWorker)
     if "fatal" in mode:
         control.send(Fatal("no weights in the directory: download them again"))
+        return 1
+    if "no-memory" in mode:
+        control.send(Fatal("OSError: [Errno 12] Cannot allocate memory"))
         return 1
     if "hang" in mode:
         signal.pause()

@@ -20,7 +20,8 @@ def test_defaults():
     assert config.engine.model == "tiny"
     assert config.topology == Replicas(1)
     assert (config.host, config.port) == ("127.0.0.1", 8000)
-    assert config.engine.block_size == 16
+    assert config.engine.block_size is None
+    assert config.engine.gpu_memory_utilization == 0.9
     assert config.engine.enable_prefix_caching is True
     assert config.transport.name == "mapped"
     assert config.worker_timeout_s == 30.0
@@ -37,6 +38,7 @@ def test_every_flag_arrives():
         *("--ready-file", "r", "--max-num-requests", "11", "--request-timeout", "12"),
         *("--worker-timeout", "13", "--threads-per-rank", "2", "--log-level", "debug"),
         *("--drain-timeout", "0", "--startup-timeout", "14", "--allow-oversubscribe"),
+        *("--gpu-memory-utilization", "0.5"),
     )
     engine = config.engine
     assert config.topology == PrefillDecode(3, 2)
@@ -48,6 +50,7 @@ def test_every_flag_arrives():
     assert engine.kv_cache_memory == 64 << 20
     assert (engine.max_num_seqs, engine.max_num_batched_tokens) == (5, 77)
     assert engine.enable_prefix_caching is False
+    assert engine.gpu_memory_utilization == 0.5
     assert engine.threads_per_rank == 2
     assert (config.host, config.port, config.api_key) == ("0.0.0.0", 0, "k")
     assert config.served_model_name == "m"
@@ -75,7 +78,7 @@ def test_every_flag_arrives():
         (["--prefill", "1"], "--prefill needs --decode"),
         (["--decode", "1"], "--decode needs --prefill"),
         (["--transport", "mappd"], "mapped?"),
-        (["--transport", "rdma"], "one of mapped, tcp, pool"),
+        (["--transport", "rdma"], "one of mapped, nccl, tcp, pool"),
         (["--engine", "vlm"], "vllm?"),
         (["--device", "tpu"], "one of auto, cpu, cuda"),
         (["--dtype", "float16"], "one of auto, float32, bfloat16"),

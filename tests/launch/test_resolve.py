@@ -13,7 +13,7 @@ from pdrelay.core.messages import Role
 from pdrelay.core.rank_config import encode_rank_config, read_rank_config
 from pdrelay.errors import ConfigError, ProtocolError
 from pdrelay.launch.config import EngineConfig, ServeConfig, TransportConfig
-from pdrelay.launch.host import Host, inspect_host
+from pdrelay.launch.host import Host, _num_visible, inspect_host
 from pdrelay.launch.listen import listen, url_of
 from pdrelay.launch.native_driver import RankPlan
 from pdrelay.launch.preflight import check_files, check_memory, check_topology, describe
@@ -147,10 +147,57 @@ def test_more_ranks_than_cores():
     check_topology(config(PrefillDecode(7, 1)), HOST)
 
 
-def test_gpus_cannot_be_oversubscribed():
-    asked = replace(config(TensorParallel(4), device="cuda"), allow_oversubscribe=True)
-    with pytest.raises(ConfigError, match=r"needs 4 GPUs.*offers 2"):
-        check_topology(asked, replace(HOST, num_gpus=2))
+def test_more_ranks_than_gpus():
+    host = replace(HOST, num_gpus=2)
+    asked = config(PrefillDecode(2, 1), device="cuda")
+    with pytest.raises(ConfigError, match=r"needs 3 GPUs.*offers 2.*--allow-oversubscribe"):
+        check_topology(asked, host)
+    check_topology(replace(asked, allow_oversubscribe=True), host)
+    check_topology(config(PrefillDecode(1, 1)), host)
+
+
+def test_auto_takes_gpus_where_there_are_any():
+    host = replace(HOST, num_gpus=2)
+    resolved = resolve(config(PrefillDecode(1, 1), model="llama-3.1-8b"), LLAMA, host)
+    assert (resolved.device, resolved.dtype, resolved.num_gpus) == ("cuda", "bfloat16", 2)
+    assert resolved.layout.num_blocks == 0, "each rank measures"
+    assert resolved.layout.layer_block_bytes == 256 << 10
+    assert resolved.max_model_len == 131_072
+    assert (resolved.max_num_seqs, resolved.max_num_batched_tokens) == (256, 8192)
+    assert resolved.gpu_memory_utilization == 0.9
+    assert any("measured by each rank" in line for line in describe(config(), resolved, host))
+    assert resolve(config(device="cpu"), TINY, host).device == "cpu"
+    with pytest.raises(ConfigError, match="float32 runs on CPU only"):
+        resolve(config(dtype="float32"), TINY, host)
+
+
+def test_kv_cache_memory_counts_on_gpus_too():
+    host = replace(HOST, num_gpus=1)
+    resolved = resolve(config(model="llama-3.1-8b", kv_cache_memory=32 * GIB), LLAMA, host)
+    assert resolved.layout.num_blocks == 32 * GIB // (64 * 131_072)
+
+
+def test_ranks_get_gpus_in_turn_and_share_their_memory():
+    host = replace(HOST, num_gpus=2)
+    for asked, devices, share in (
+        (config(Replicas(2)), ["cuda:0", "cuda:1"], 0.9),
+        (config(PrefillDecode(1, 1)), ["cuda:0", "cuda:1"], 0.9),
+        (config(PrefillDecode(2, 1)), ["cuda:0", "cuda:1", "cuda:0"], 0.45),
+    ):
+        resolved = resolve(asked, TINY, host)
+        with RunDir() as run_dir:
+            plan = RankPlan(asked, resolved, run_dir)
+            ranks = [plan(spec, 0, 5)[0] for spec in instances(asked.topology)]
+        assert [rank.device for rank in ranks] == devices
+        assert {rank.gpu_memory_utilization for rank in ranks} == {share}
+        assert {rank.num_blocks for rank in ranks} == {0}
+
+
+@pytest.mark.parametrize(
+    ("devices", "count"), [("0", 1), ("3,1", 2), ("", 0), ("-1", 0), ("0,-1,1", 1), ("GPU-ab,1", 2)]
+)
+def test_visible_devices_are_counted(devices, count):
+    assert _num_visible(devices) == count
 
 
 def test_memory_that_is_not_there():

@@ -155,6 +155,8 @@ async def test_a_rank_takes_its_whole_instance_with_it(run_dir, victim):
         ("exit", "exited with status 3; its last line: the reason is on the last line"),
         ("fatal@replica-1", "no weights in the directory: download them again"),
         ("hang", "was not ready after 0.3 s"),
+        ("no-memory", "cause: the host's memory is used up or limited; fix: stop other"),
+        ("no-torch", "fix: pip install 'pdrelay[engine]'"),
         ("exit@replica-0.0", "replica-0"),
     ],
 )

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -66,6 +67,12 @@ peer.recv(1)
 """
 
 
+def helper_environment():
+    """For a process that imports from this directory, too."""
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    return {**os.environ, "PYTHONPATH": path}
+
+
 class Other:
     """The other process, and our end of the socket to it."""
 
@@ -76,6 +83,7 @@ class Other:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", script, str(theirs.fileno()), name],
                 pass_fds=[theirs.fileno()],
+                env=helper_environment(),
             )
         send_with_fds(self.peer, msgspec.msgpack.encode(layout))
 

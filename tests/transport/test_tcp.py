@@ -19,8 +19,8 @@ from transport_kit import CANARY, DEADLINE_S, Kit, Transfer, assert_canaries, ma
 
 from pdrelay.errors import ConfigError, ProtocolError, TransportError
 from pdrelay.transport.base import Arrived, Descriptor, Sent, TransferFailed
+from pdrelay.transport.queued_link import MAX_QUEUED_PIECES
 from pdrelay.transport.tcp import TcpTransport
-from pdrelay.transport.tcp_sender import MAX_QUEUED_PIECES
 from pdrelay.transport.tcp_wire import (
     GREETING_BYTES,
     HEADER_BYTES,

@@ -8,16 +8,36 @@ import select
 import time
 
 import numpy as np
+import pytest
 
 from pdrelay.core.block_hash import tail_key
 from pdrelay.core.kv_layout import KVLayout
 from pdrelay.transport.base import Arrived, Descriptor, Sent, TransferFailed
 from pdrelay.transport.fake import FakeFabric
+from pdrelay.transport.host_device import HostDevice, HostFabric, HostPages
+from pdrelay.transport.nccl_fake import FakeNccl
 from pdrelay.transport.pages import SharedPages
 from pdrelay.transport.pool import PoolHandle, create_pool
-from pdrelay.transport.registry import TransportOptions, create_transport
+from pdrelay.transport.registry import TRANSPORTS, TransportOptions, create_transport
 
 DEADLINE_S = 10.0
+DEVICE_TRANSPORTS = ("mapped", "tcp", "pool")
+
+
+def _has_cuda():
+    try:
+        import torch
+    except ImportError:
+        return False
+    return torch.cuda.is_available()
+
+
+no_gpu = pytest.mark.skipif(not _has_cuda(), reason="needs a CUDA GPU")
+ALL = (
+    *(name for name in TRANSPORTS if name != "nccl"),
+    *(f"{name}@host" for name in (*DEVICE_TRANSPORTS, "nccl")),
+    *(pytest.param(f"{name}@cuda", marks=no_gpu) for name in DEVICE_TRANSPORTS),
+)
 CANARY = 0xA5
 
 
@@ -41,15 +61,22 @@ def make_keys(transfer_id, num_blocks, *, tail=False):
 
 
 class Kit:
-    """Makes instances, joins them, and takes everything down."""
+    """Makes instances, joins them, and takes everything down.
+
+    `name` is a transport, over pages of the host; `name@host`: over pages of a fake device;
+    `name@cuda`: over pages of a GPU.
+    """
 
     def __init__(self, name, *, timeout_s=DEADLINE_S, num_slots=256):
-        self.name = name
+        self.name, _, self.where = name.partition("@")
+        self.host_fabric = HostFabric()
+        self.nccl = FakeNccl()
         self.timeout_s = timeout_s
         self.fabric = FakeFabric()
         self.pool: PoolHandle | None = None
         self._num_slots = num_slots
         self._sides = []
+        self._num_devices = 0
 
     def options(self, layout, index):
         if self.name == "pool" and self.pool is None:
@@ -57,10 +84,24 @@ class Kit:
         return TransportOptions(
             timeout_s=self.timeout_s,
             fabric=self.fabric,
+            nccl=self.nccl,
             pool=self.pool.description if self.pool else b"",
             pool_fd=self.pool.fd if self.pool else -1,
             instance_index=index,
         )
+
+    def pages(self, layout):
+        if self.where == "host":
+            self._num_devices += 1
+            return HostPages.create(
+                layout, HostDevice(self.host_fabric, f"host:{self._num_devices}")
+            )
+        if self.where == "cuda":
+            from cuda_kit import make_pages
+
+            return make_pages(layout, self.host_fabric)
+        assert not self.where
+        return SharedPages.create(layout)
 
     def side(self, name, layout=None, *, seed=None):
         """An instance: `seed` fills its pages at random, otherwise they are canaries."""
@@ -84,6 +125,7 @@ class Kit:
             side.close()
         if self.pool is not None:
             self.pool.close()
+        assert not self.host_fabric.opened, "a mapping of a peer's pages was not closed"
 
 
 class Side:
@@ -92,7 +134,7 @@ class Side:
         self.name = name
         self.layout = layout
         self.index = index
-        self.pages = SharedPages.create(layout)
+        self.pages = kit.pages(layout)
         if seed is None:
             self.pages.array[:] = CANARY
         else:

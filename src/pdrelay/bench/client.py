@@ -28,6 +28,8 @@ from pdrelay.bench.request import BenchRequest
 from pdrelay.bench.server_info import fetch_server_info
 from pdrelay.bench.sse import SseParser
 from pdrelay.core.clock import monotonic_ns
+from pdrelay.core.heap import settled_heap
+from pdrelay.core.time_slice import request_short_slices
 from pdrelay.errors import ConfigError, ProtocolError
 
 # Servers close idle connections (uvicorn after 5 s): never reuse one that is about to go.
@@ -89,6 +91,9 @@ async def run_load(
 ) -> LoadResult:
     """Sends `requests` to an OpenAI-compatible server and records what comes back, and when.
 
+    The calling thread asks the kernel for short time slices (core/time_slice.py), and the collector
+    rests meanwhile: on a host whose cores the server keeps busy, a late client would show as ITL.
+
     Args:
         url: the server's base URL, with or without /v1.
         model: None asks /v1/models.
@@ -138,7 +143,9 @@ async def run_load(
             warmer = _Load(session, target, encoder, timeout_s, f"{prefix}-warmup", None, stop)
             await _warm_up(warmer, warmups)
         load = _Load(session, target, encoder, timeout_s, prefix, progress, stop)
-        return await load.run(requests, mode)
+        request_short_slices()
+        with settled_heap():
+            return await load.run(requests, mode)
 
 
 async def _warm_up(load: _Load, warmups: Sequence[BenchRequest]) -> None:

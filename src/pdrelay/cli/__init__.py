@@ -17,7 +17,9 @@ _COMMANDS = {
     "serve": "serve a model over prefill and decode workers, replicas, or tensor parallelism",
     "bench": "open-loop load generator for any OpenAI-compatible server",
     "lab": "measure the topologies against each other and write the report",
-    "report": "rebuild the report of a lab run from its raw files",
+    "kv": "what handing KV over costs: bytes, bandwidth, exposed time, crossover",
+    "doctor": "find what would stop a launch, or what stopped one",
+    "report": "rebuild the report of a run from its raw files",
 }
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130

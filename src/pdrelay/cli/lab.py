@@ -93,7 +93,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
     "servers": [
         Option(
             "transport",
-            choice("mapped", "tcp", "pool"),
+            choice("mapped", "nccl", "tcp", "pool"),
             "how KV moves on the native engine (mapped)",
             "T",
         ),

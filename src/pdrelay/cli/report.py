@@ -1,4 +1,4 @@
-"""`pdrelay report`: rebuild the report of a lab run from its raw files."""
+"""`pdrelay report`: rebuild the report of a run of `lab` or `kv` from its raw files."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Registers `report`."""
     parser = subparsers.add_parser(
         "report",
-        help="rebuild the report of a lab run from its raw files",
+        help="rebuild the report of a run from its raw files",
         description="Write DIR/report.html, DIR/summary.json and DIR/trace.json (for Perfetto) "
-        "from the raw files that `pdrelay lab` left in DIR, and print the tables.",
+        "from the raw files that `pdrelay lab` or `pdrelay kv` left in DIR, and print the tables.",
     )
     parser.add_argument("directory", metavar="DIR", type=Path, help="a run directory")
     parser.add_argument("-q", "--quiet", action="store_true", help="print no tables")
@@ -21,11 +21,29 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Raises ConfigError for a directory that is no run or holds a damaged file."""
+    from pdrelay.lab.kv.rundir import is_kv_run
+
+    return _kv(args) if is_kv_run(args.directory) else _lab(args)
+
+
+def _lab(args: argparse.Namespace) -> int:
     from pdrelay.lab.report.build import build_report
     from pdrelay.lab.report.tables import console, print_summary
 
     built = build_report(args.directory)
     if not args.quiet:
         print_summary(built.summary, console())
+    print(f"report: {built.report}")
+    return 0
+
+
+def _kv(args: argparse.Namespace) -> int:
+    from pdrelay.lab.kv.build import build_kv_report
+    from pdrelay.lab.kv.tables import print_kv_summary
+    from pdrelay.lab.report.tables import console
+
+    built = build_kv_report(args.directory)
+    if not args.quiet:
+        print_kv_summary(built.summary, console())
     print(f"report: {built.report}")
     return 0

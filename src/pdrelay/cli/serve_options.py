@@ -86,15 +86,16 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option(
             "allow-oversubscribe",
             switch,
-            "start more ranks than there are CPU cores",
+            "start more ranks than there are CPU cores or GPUs",
             is_switch=True,
         ),
     ],
     "hand-over": [
         Option(
             "transport",
-            choice("mapped", "tcp", "pool"),
-            "how KV moves: mapped (shared memory, default), tcp, pool (shared CPU pool)",
+            choice("mapped", "nccl", "tcp", "pool"),
+            "how KV moves: mapped (shared memory or CUDA IPC, default), nccl (GPUs), tcp, pool "
+            "(shared CPU pool)",
             "NAME",
         ),
         Option("kv-transfer-timeout", _SECONDS, "deadline of one hand-over in seconds (30)", "S"),
@@ -112,7 +113,12 @@ GROUPS: Mapping[str, Sequence[Option]] = {
             "native (default), vllm, sglang: the last two as servers behind this front door",
             "NAME",
         ),
-        Option("device", choice("auto", "cpu", "cuda"), "auto (default), cpu, cuda", "NAME"),
+        Option(
+            "device",
+            choice("auto", "cpu", "cuda"),
+            "auto (default: cuda where there are GPUs), cpu, cuda",
+            "NAME",
+        ),
         Option(
             "dtype",
             choice("auto", "float32", "bfloat16"),
@@ -130,13 +136,26 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option(
             "kv-cache-memory",
             _byte_count,
-            "KV pool of each rank, as bytes or like 2GiB (default: 256MiB or 10%% of the memory, "
-            "more for large models)",
+            "KV pool of each rank, as bytes or like 2GiB (default on CPU: 256MiB or 10%% of the "
+            "memory, more for large models; on GPUs: see --gpu-memory-utilization)",
             "BYTES",
         ),
-        Option("block-size", integer(1, 1024), "tokens a KV block (16)", "N"),
-        Option("max-num-seqs", integer(1, 65_536), "sequences in one step (64)", "N"),
-        Option("max-num-batched-tokens", _TOKENS, "token budget of one step (2048)", "N"),
+        Option(
+            "gpu-memory-utilization",
+            number(0.01, 1.0),
+            "part of each GPU's memory for weights, activations and KV cache (0.9)",
+            "X",
+        ),
+        Option("block-size", integer(1, 1024), "tokens a KV block (CPU: 16, GPU: 64)", "N"),
+        Option(
+            "max-num-seqs", integer(1, 65_536), "sequences in one step (CPU: 64, GPU: 256)", "N"
+        ),
+        Option(
+            "max-num-batched-tokens",
+            _TOKENS,
+            "token budget of one step (CPU: 2048, GPU: 8192)",
+            "N",
+        ),
         Option(
             "enable-prefix-caching",
             switch,

@@ -1,9 +1,17 @@
-"""The producer's bookkeeping of one hand-over: which pages are ready, sent, and still to send."""
+"""The producer's bookkeeping of one hand-over: which pages are ready, sent, and still to send.
+
+A (layer, block) leaves by exactly one of two ways. The step's own kernels may store it into the
+consumer's pages (*fused*: `fuse` before the step is launched, `stored` when it is complete), all
+layers of a block alike; everything else is *sent* as `Piece`s by the transport.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 
 
 @dataclass(frozen=True)
@@ -13,6 +21,15 @@ class Piece:
     layer: int
     start: int
     stop: int
+
+
+@dataclass(frozen=True)
+class Fused:
+    """Tokens `start .. stop` are stored by a step's kernels; that completes `blocks`."""
+
+    start: int
+    stop: int
+    blocks: range
 
 
 class HandOver:
@@ -29,7 +46,10 @@ class HandOver:
         self._needs_slots = needs_slots
         self._link_ready = False
         self._ready = [0] * num_layers
-        self._sent = [0] * num_layers
+        self._sent = [0] * num_layers  # or passed over, as fused
+        self._fused = [False] * num_blocks
+        self._fused_stop = 0  # the token behind the last fused one
+        self._num_storing = 0  # calls of `fuse` whose step is not complete
 
     @property
     def slots_known(self) -> bool:
@@ -56,22 +76,82 @@ class HandOver:
         self._ready[layer] = max(self._ready[layer], num_blocks)
         return self._take(layer)
 
+    def rewind(self) -> None:
+        """The producer lost the request's blocks (preemption): what was not sent will be computed,
+        and marked ready, again."""
+        self._ready = list(self._sent)
+
+    # ---- fused stores
+
+    def fuse(self, start: int, stop: int, num_tokens: int, block_size: int) -> Fused | None:
+        """A step is about to write tokens `start .. stop` of a prompt of `num_tokens`: which of
+        them its kernels store for the consumer too. None: none.
+
+        A block is fused if all its tokens are: one that an earlier step began is gone on with only
+        where that step fused it, and one begun here that no later step completes is sent whole.
+        The prompt's last block, unless full, is always sent, so that pages are equal to the end.
+        """
+        if not self._link_ready or self.first_block is None:
+            return None
+        first = max(self.first_block, *self._sent) * block_size
+        start = max(start, first)
+        stop = min(stop, num_tokens // block_size * block_size)
+        if start % block_size and start != self._fused_stop:
+            start += block_size - start % block_size
+        # Behind a preemption: blocks that were stored before stay stored.
+        while start < stop and self._fused[start // block_size]:
+            start += block_size - start % block_size
+        if start >= stop:
+            return None
+        blocks = range(start // block_size, stop // block_size)
+        for block in blocks:
+            self._fused[block] = True
+        self._fused_stop = stop
+        self._num_storing += 1
+        return Fused(start, stop, blocks)
+
+    def stored(self) -> None:
+        """The step of one `fuse` is complete."""
+        assert self._num_storing > 0
+        self._num_storing -= 1
+
+    def slots(self, fused: Fused, block_size: int) -> npt.NDArray[np.int64]:
+        """The consumer's slots for the fused tokens: int64 [stop - start]."""
+        assert self.first_block is not None
+        tokens = np.arange(fused.start, fused.stop, dtype=np.int64)
+        blocks = np.asarray(self.dst_blocks, dtype=np.int64)
+        return blocks[tokens // block_size - self.first_block] * block_size + tokens % block_size
+
+    # ---- pieces
+
     def _take_all(self) -> list[Piece]:
         return [piece for layer in range(len(self._ready)) for piece in self._take(layer)]
 
     def _take(self, layer: int) -> list[Piece]:
         if not self._link_ready or (self._needs_slots and not self.slots_known):
             return []
-        start, stop = self._sent[layer], self._ready[layer]
-        if start >= stop:
-            return []
-        self._sent[layer] = stop
-        return [Piece(layer, start, stop)]
+        block, stop = self._sent[layer], self._ready[layer]
+        pieces = []
+        while block < stop:
+            start = block
+            while block < stop and not self._fused[block]:
+                block += 1
+            if start < block:
+                pieces.append(Piece(layer, start, block))
+            while block < stop and self._fused[block]:
+                block += 1
+        self._sent[layer] = max(self._sent[layer], stop)
+        return pieces
+
+    @property
+    def all_ready(self) -> bool:
+        """Every page was written."""
+        return all(ready == self.num_blocks for ready in self._ready)
 
     @property
     def all_sent(self) -> bool:
-        """Every page was given to the transport."""
-        return all(sent == self.num_blocks for sent in self._sent)
+        """Every page was given to the transport or is stored."""
+        return not self._num_storing and all(sent == self.num_blocks for sent in self._sent)
 
     def destinations(self, piece: Piece) -> list[int]:
         """The consumer's blocks for `piece`; empty where the transport needs none."""

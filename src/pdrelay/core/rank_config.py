@@ -29,15 +29,16 @@ class RankConfig(msgspec.Struct, frozen=True, kw_only=True):
     peer_address: str = ""  # rank 0 of a consumer: path of the socket to listen on
     model: str  # a directory or a built-in shape
     load_format: str  # "safetensors" or "dummy"
-    device: str
+    device: str  # "cpu" or "cuda:0", ..
     dtype: str  # a key of core.kv_layout.DTYPE_BYTES
     seed: int
     max_model_len: int
     block_size: int
-    num_blocks: int
+    num_blocks: int  # 0: as many as fit `gpu_memory_utilization` of the device
     max_num_seqs: int
     max_num_batched_tokens: int
     enable_prefix_caching: bool
+    gpu_memory_utilization: float = 0.9  # this rank's share of its device's memory
     transport: str = ""  # "" for co-located instances
     kv_transfer_timeout_s: float = 30.0
     verify: Verify = "sample"

@@ -24,6 +24,7 @@ class Request:
     `num_computed_tokens` counts tokens whose KV is computed or being computed by a scheduled step;
     `num_in_flight` counts output tokens being sampled by steps whose results are not in yet, so
     that a step can be planned before the previous one is read (overlap scheduling).
+    `num_steps_in_flight` counts planned steps that read or write its blocks and are not read yet.
     """
 
     def __init__(self, source: EngineRequest, *, samples_only_first: bool = False) -> None:
@@ -35,6 +36,7 @@ class Request:
         self.num_prompt_tokens = len(self.token_ids)
         self.num_computed_tokens = 0
         self.num_in_flight = 0
+        self.num_steps_in_flight = 0
         self.num_cached_tokens: int | None = None  # set at first admission
         self.block_table: list[int] = []
         self.block_keys: list[bytes] = []

@@ -10,6 +10,11 @@ every request of its instance, in each role:
 `schedule` moves progress forward at once, `update` brings the sampled tokens: a caller may plan
 step N+1 before the tokens of step N are in. Preemption is by recomputation, latest first, as in
 vLLM (Kwon et al., 2023, section 4.5).
+
+A block goes back to the pool only when no planned step that touches it is unread: a finished
+request lingers until its last step was updated, and a request with a step in flight is no victim
+of preemption. So blocks may be promised to a producer, filled from a store or read by a transport
+at once; nothing relies on the order of one device's stream.
 """
 
 from __future__ import annotations
@@ -63,6 +68,7 @@ class StepPlan:
     reservations: list[Reservation] = field(default_factory=list)
     admitted: list[Request] = field(default_factory=list)  # scheduled for the first time
     preempted: list[Request] = field(default_factory=list)
+    blocked: bool = False  # blocks are short until a step in flight is updated
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.expected: deque[Request] = deque()
+        self.lingering: list[Request] = []  # finished, their blocks are in use by steps in flight
         self.num_preemptions = 0
         self.prefix_queries = 0  # tokens looked up
         self.prefix_hits = 0  # tokens found
@@ -120,7 +127,7 @@ class Scheduler:
         self.blocks.end_transfer(request.block_table)
         request.num_computed_tokens = request.num_prompt_tokens
         request.token_ids.append(first_token)
-        self._publish(request)
+        self._publish(request, request.num_prompt_tokens)
         request.status = Status.WAITING
         self.waiting.append(request)
 
@@ -130,7 +137,7 @@ class Scheduler:
         request.status = Status.CLOSING
 
     def finish(self, request: Request) -> None:
-        """Forget the request and give its blocks back, whatever its state."""
+        """Forget the request, whatever its state; its blocks go back once no step uses them."""
         if request.status is Status.FINISHED:
             return
         if request.status is Status.WAITING:
@@ -141,9 +148,12 @@ class Scheduler:
             self.expected.remove(request)
         else:  # RESERVED, CLOSING, HANDING_OVER
             self.blocks.end_transfer(request.block_table)
-        self._free(request)
         request.status = Status.FINISHED
         del self.requests[request.request_id]
+        if request.num_steps_in_flight:
+            self.lingering.append(request)
+        else:
+            self._free(request)
 
     def begin_hand_over(self, request: Request) -> None:
         """Producer: prefill is done; hold the blocks until the transfer is over (`finish`)."""
@@ -159,14 +169,16 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        return not self.requests
+        return not self.requests and not self.lingering
 
     def counts(self) -> BlockCounts:
         return self.blocks.counts()
 
     def check_integrity(self) -> None:
         """Assert the block invariants against all live requests."""
-        self.blocks.check_integrity(r.block_table for r in self.requests.values())
+        holders = [*self.requests.values(), *self.lingering]
+        self.blocks.check_integrity(r.block_table for r in holders)
+        assert all(r.num_steps_in_flight for r in self.lingering)
         queued = [*self.waiting, *self.running, *self.expected]
         assert len(queued) == len({id(r) for r in queued})
         assert all(r.status is Status.WAITING for r in self.waiting)
@@ -179,7 +191,7 @@ class Scheduler:
         plan = StepPlan()
         self._reserve_expected(plan)
         budget = self._schedule_running(plan, self.config.max_num_batched_tokens)
-        if not plan.preempted:
+        if not plan.preempted and not plan.blocked:
             self._schedule_waiting(plan, budget)
         plan.chunks.sort(key=lambda chunk: not chunk.is_decode)
         return plan
@@ -194,17 +206,19 @@ class Scheduler:
         position = 0
         for chunk in plan.chunks:
             request = chunk.request
+            request.num_steps_in_flight -= 1
             token_id = -1
             if chunk.samples:
                 token_id = sampled[position]
                 position += 1
                 request.num_in_flight -= 1
             if request.status is Status.FINISHED:
+                self._stop_lingering(request)
                 continue  # aborted, or finished by the previous step, while this one ran
             if chunk.samples:
                 request.token_ids.append(token_id)
             if request.status is Status.RUNNING:
-                self._publish(request)
+                self._publish(request, chunk.start + chunk.length)
             if chunk.samples:
                 reason, stop_token_id = request.finish_reason()
                 tokens.append(NewToken(request, position - 1, token_id, reason, stop_token_id))
@@ -212,6 +226,11 @@ class Scheduler:
                     self.finish(request)
         assert position == len(sampled)
         return tokens
+
+    def _stop_lingering(self, request: Request) -> None:
+        if request.num_steps_in_flight == 0:
+            self.lingering.remove(request)
+            self._free(request)
 
     def _reserve_expected(self, plan: StepPlan) -> None:
         while self.expected:
@@ -245,6 +264,8 @@ class Scheduler:
             if length == 0:
                 continue
             if not self._grow_or_preempt(request, length, plan):
+                if plan.blocked:
+                    break
                 continue
             self._plan_chunk(plan, request, length)
             budget -= length
@@ -259,6 +280,9 @@ class Scheduler:
             victim = self.running[-1]
             if any(chunk.request is victim for chunk in plan.chunks):
                 return False  # everyone behind is preempted already; wait for a finished request
+            if self.lingering or victim.num_steps_in_flight:
+                plan.blocked = True
+                return False
             self._preempt(victim, plan)
             if victim is request:
                 return False
@@ -273,7 +297,7 @@ class Scheduler:
                 self._take_cached_prefix(request)
             length = min(request.num_uncomputed_tokens, budget)
             if not self._grow(request, request.num_computed_tokens + length):
-                if not self.running and self._free_last_waiting(request):
+                if not self.running and not self.lingering and self._free_last_waiting(request):
                     continue
                 if request.num_computed_tokens < request.num_prompt_tokens:
                     self._free(request)
@@ -307,6 +331,7 @@ class Scheduler:
         plan.chunks.append(Chunk(request, start, length, samples, pending))
         request.num_computed_tokens += length
         request.num_in_flight += samples
+        request.num_steps_in_flight += 1
 
     # ---- blocks
 
@@ -365,10 +390,11 @@ class Scheduler:
         request.num_computed_tokens = 0
         request.num_published_blocks = 0
 
-    def _publish(self, request: Request) -> None:
-        """Put the blocks that are full of computed tokens under their keys."""
-        known = min(request.num_computed_tokens, len(request.token_ids))
-        full = known // self.config.block_size
+    def _publish(self, request: Request, num_tokens: int) -> None:
+        """Put the blocks that are full of the first `num_tokens` under their keys: those whose
+        steps have been read, so that nothing writes them any more."""
+        assert num_tokens <= min(request.num_computed_tokens, len(request.token_ids))
+        full = num_tokens // self.config.block_size
         if full <= request.num_published_blocks:
             return
         request.extend_block_keys(self.config.block_size)

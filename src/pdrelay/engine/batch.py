@@ -36,8 +36,13 @@ class BatchInput(msgspec.Struct, frozen=True, array_like=True, tag="batch"):
 
 
 def wants_prompt_logprobs(chunk: Chunk) -> bool:
+    """Whether this chunk's logits score prompt tokens: not in a recomputation."""
     request = chunk.request
-    return request.params.prompt_logprobs is not None and request.num_output_tokens == 0
+    return (
+        request.params.prompt_logprobs is not None
+        and request.num_output_tokens == 0
+        and chunk.start < request.num_prompt_tokens
+    )
 
 
 def build_batch(plan: StepPlan, block_size: int) -> BatchInput:

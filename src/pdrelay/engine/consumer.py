@@ -1,7 +1,10 @@
 """The consumer's side of P/D: promises blocks, takes KV into them, and releases them safely.
 
 A producer may store into promised blocks until it answers Closed or its socket ends, so a request
-given up in between is CLOSING: its blocks stay in_transfer until then.
+given up in between is CLOSING: its blocks stay in_transfer until then. Where a producer's device
+stores (`Capabilities.remote_stores`), the end of its socket is not enough: what it launched may
+outlive it for a moment, so the blocks stay until its process is gone. That wait has no deadline,
+for no time would make reuse safe; the client has its error long before.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from pdrelay.core.messages import (
 from pdrelay.core.request import Request, Status
 from pdrelay.core.scheduler import Reservation, Scheduler
 from pdrelay.engine.outbox import Outbox
+from pdrelay.engine.peer_process import PeerProcess, peer_process
 from pdrelay.errors import ProtocolError, RequestError, WorkerLostError
 from pdrelay.transport.base import Arrived, TransferFailed, Transport
 
@@ -49,6 +53,7 @@ class Producers:
 
     by_instance: dict[str, Channel[PeerMessage]] = field(default_factory=dict)
     strangers: list[Channel[PeerMessage]] = field(default_factory=list)
+    processes: dict[Channel[PeerMessage], PeerProcess] = field(default_factory=dict)
 
 
 @dataclass
@@ -61,6 +66,7 @@ class Incoming:
     blocks: list[int]
     channel: Channel[PeerMessage] | None = None  # the link that knows the promise
     commit: Commit | None = None
+    lost: PeerProcess | None = None  # its producer's socket ended; it may store until it is gone
 
 
 class Consumer:
@@ -77,6 +83,7 @@ class Consumer:
         layout: KVLayout,
         checksum: Checksum,
         clock: Clock,
+        process_of: Callable[[socket.socket], PeerProcess | None] = peer_process,
     ) -> None:
         self._instance = instance
         self._transport = transport
@@ -91,6 +98,8 @@ class Consumer:
         self._listener.listen(_BACKLOG)
         self._listener.setblocking(False)
         self._producers = Producers()
+        self._process_of = process_of
+        self._dying: list[PeerProcess] = []
         self._producer_of: dict[str, str] = {}  # of requests not reserved yet
         self._incoming: dict[str, Incoming] = {}
         self.bytes_received = 0
@@ -144,6 +153,7 @@ class Consumer:
 
     def poll(self) -> None:
         self._accept()
+        self._bury()
         for channel in self.channels():
             self._read(channel)
             if channel.closed:
@@ -160,6 +170,8 @@ class Consumer:
     def close(self) -> None:
         for channel in self.channels():
             channel.close()
+        for process in [*self._producers.processes.values(), *self._dying]:
+            process.close()
         self._listener.close()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._address)
@@ -172,7 +184,11 @@ class Consumer:
                 sock, _ = self._listener.accept()
             except BlockingIOError:
                 return
-            self._producers.strangers.append(Channel(sock, PeerMessage))
+            channel: Channel[PeerMessage] = Channel(sock, PeerMessage)
+            self._producers.strangers.append(channel)
+            process = self._process_of(sock) if self._transport.capabilities.remote_stores else None
+            if process is not None:
+                self._producers.processes[channel] = process
 
     def _read(self, channel: Channel[PeerMessage]) -> None:
         channel.flush()
@@ -202,6 +218,7 @@ class Consumer:
         previous = self._producers.by_instance.get(producer)
         if previous is not None:
             self._lose(previous)
+        self._reunite(channel)
         self._producers.by_instance[producer] = channel
         descriptor = self._transport.descriptor()
         hello = PeerHello(
@@ -216,21 +233,47 @@ class Consumer:
                 self._promise(incoming, channel)
 
     def _lose(self, channel: Channel[PeerMessage]) -> None:
-        """The producer behind `channel` is gone: it stores nothing more."""
+        """The producer behind `channel` is gone: it stores nothing more, once its process ended."""
         if channel in self._producers.strangers:
             self._producers.strangers.remove(channel)
         for producer, known in list(self._producers.by_instance.items()):
             if known is channel:
                 del self._producers.by_instance[producer]
         channel.close()
+        process = self._producers.processes.pop(channel, None)
+        if process is not None:
+            self._dying.append(process)
         for incoming in list(self._incoming.values()):
             if incoming.channel is not channel:
                 continue
             incoming.channel = None
+            if incoming.commit is None:
+                incoming.lost = process
+            if incoming.request.status is Status.CLOSING and incoming.lost is not None:
+                continue
             if incoming.request.status is Status.CLOSING:
                 self._release(incoming)
             elif incoming.commit is None:
                 self._fail(incoming, WorkerLostError(f"{incoming.producer} is gone; try again"))
+
+    def _bury(self) -> None:
+        """Release what producers held that are gone by now."""
+        for process in [process for process in self._dying if process.gone()]:
+            self._forget(process)
+
+    def _reunite(self, channel: Channel[PeerMessage]) -> None:
+        """A producer connects again after its stores over the last connection were complete."""
+        process = self._producers.processes.get(channel)
+        if process is not None:
+            for other in [other for other in self._dying if other.pid == process.pid]:
+                self._forget(other)
+
+    def _forget(self, process: PeerProcess) -> None:
+        self._dying.remove(process)
+        process.close()
+        for incoming in list(self._incoming.values()):
+            if incoming.lost is process:
+                self._release(incoming)
 
     # ---- one request
 
@@ -308,6 +351,9 @@ class Consumer:
         request = incoming.request
         self._abort_transport(incoming)
         channel = incoming.channel
+        if incoming.lost is not None:
+            self._scheduler.begin_closing(request)
+            return
         if channel is None or incoming.commit is not None:
             # No producer knows the blocks, or it has stored its last.
             self._release(incoming)

@@ -1,20 +1,25 @@
-"""A model stand-in that lives on its KV pages: the fake of the runner seam.
+"""Model stand-ins that live on their KV pages: the fakes of the runner seam.
 
 It writes a value for every (layer, token) into the pool and chooses the next token from what it
 reads back for the whole context, so a page that is missing, stale or swapped changes the output.
-No torch; microseconds a token.
+No torch; microseconds a token. `FakeRunner` is synchronous; `AsyncFakeRunner` computes on a thread
+of its own, later than the loop plans, as a device does.
 """
 
 from __future__ import annotations
 
+import queue
+import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from pdrelay.core.kv_layout import KVLayout
 from pdrelay.core.messages import TokenLogprobs
 from pdrelay.core.scheduler import Chunk, StepPlan
-from pdrelay.engine.step import StepTokens
+from pdrelay.engine.step import DoneStep, LayerHook, RemoteSlots, StepTokens
+from pdrelay.engine.step_news import StepNews
 from pdrelay.transport.pages import SharedPages
 
 VOCAB_SIZE = 900
@@ -49,43 +54,166 @@ def expected_tokens(prompt: Sequence[int], num_tokens: int, num_layers: int = 3)
     return tokens[len(prompt) :]
 
 
-class FakeRunner:
-    """Computes a plan on real pages of a `fake_layout`."""
+class _Pages:
+    """The fake model on the pages of a `fake_layout`."""
 
     def __init__(self, pages: SharedPages) -> None:
         layout = pages.layout
-        self._layout = layout
+        self.layout = layout
         self._kv = pages.array.view(np.uint64).reshape(
             layout.num_layers, layout.num_blocks, 2, layout.block_size
         )
-        self.before_layer: Callable[[int], None] | None = None  # tests interfere here
 
-    def execute(self, plan: StepPlan, after_layer: Callable[[int], None] | None) -> StepTokens:
-        for layer in range(self._layout.num_layers):
-            if self.before_layer is not None:
-                self.before_layer(layer)
-            for chunk in plan.chunks:
-                self._write(chunk, layer)
-            if after_layer is not None:
-                after_layer(layer)
-        token_ids = [self._next_token(chunk) for chunk in plan.chunks if chunk.samples]
-        logprobs: list[TokenLogprobs | None] = [None] * len(token_ids)
-        return StepTokens(token_ids, logprobs, {})
+    def write(self, row: _Row, layer: int) -> None:
+        size = self.layout.block_size
+        for position, token_id in enumerate(row.token_ids, row.start):
+            value = _value(layer, position, token_id)
+            self._kv[layer, row.block_table[position // size], :, position % size] = value
 
-    def _write(self, chunk: Chunk, layer: int) -> None:
-        size = self._layout.block_size
-        table = chunk.request.block_table
-        for position in range(chunk.start, chunk.start + chunk.length):
-            value = _value(layer, position, chunk.request.token_ids[position])
-            self._kv[layer, table[position // size], :, position % size] = value
-
-    def _next_token(self, chunk: Chunk) -> int:
-        size = self._layout.block_size
-        table = chunk.request.block_table
+    def next_token(self, row: _Row) -> int:
+        size = self.layout.block_size
         total = 0
-        for layer in range(self._layout.num_layers):
-            for position in range(chunk.start + chunk.length):
-                page = self._kv[layer, table[position // size]]
+        for layer in range(self.layout.num_layers):
+            for position in range(row.start + len(row.token_ids)):
+                page = self._kv[layer, row.block_table[position // size]]
                 key, value = int(page[0, position % size]), int(page[1, position % size])
                 total += (key if key == value else 1) * (position + 1 + layer)
         return total % VOCAB_SIZE
+
+
+@dataclass
+class _Row:
+    """A chunk as its step saw it at launch."""
+
+    request_id: str
+    start: int
+    token_ids: list[int]  # [-1]: being sampled by the step before
+    block_table: list[int]
+    samples: bool
+
+    @classmethod
+    def of(cls, chunk: Chunk) -> _Row:
+        request, stop = chunk.request, chunk.start + chunk.length
+        token_ids = [-1] if chunk.token_pending else request.token_ids[chunk.start : stop]
+        return cls(
+            request.request_id, chunk.start, token_ids, list(request.block_table), chunk.samples
+        )
+
+
+def _tokens(token_ids: list[int]) -> StepTokens:
+    logprobs: list[TokenLogprobs | None] = [None] * len(token_ids)
+    return StepTokens(token_ids, logprobs, {})
+
+
+class FakeRunner:
+    """Computes a plan when it is launched."""
+
+    depth = 1
+
+    def __init__(self, pages: SharedPages) -> None:
+        self._pages = _Pages(pages)
+        self.before_layer: Callable[[int], None] | None = None  # tests interfere here
+
+    def launch(
+        self, plan: StepPlan, after_layer: LayerHook | None, remote: RemoteSlots | None
+    ) -> DoneStep:
+        assert remote is None
+        assert not any(chunk.token_pending for chunk in plan.chunks)
+        rows = [_Row.of(chunk) for chunk in plan.chunks]
+        for layer in range(self._pages.layout.num_layers):
+            if self.before_layer is not None:
+                self.before_layer(layer)
+            for row in rows:
+                self._pages.write(row, layer)
+            if after_layer is not None:
+                after_layer(layer)
+        return DoneStep(_tokens([self._pages.next_token(row) for row in rows if row.samples]))
+
+    def fileno(self) -> int | None:
+        return None
+
+    def drain_news(self) -> None:
+        pass
+
+
+class AsyncFakeRunner:
+    """Computes launched steps in order on a thread. `before_step(number)` runs on it and may wait.
+
+    A layer hook is called when the step is read: its pages are written then.
+    """
+
+    depth = 2
+
+    def __init__(self, pages: SharedPages) -> None:
+        self._pages = _Pages(pages)
+        self._news = StepNews()
+        self._queue: queue.SimpleQueue[_FakeStep | None] = queue.SimpleQueue()
+        self._sampled: dict[str, int] = {}  # by the last step: what a pending token becomes
+        self.num_launched = 0
+        self.before_step: Callable[[int], None] | None = None  # tests interfere here
+        self._thread = threading.Thread(target=self._compute, name="fake-device", daemon=True)
+        self._thread.start()
+
+    def launch(
+        self, plan: StepPlan, after_layer: LayerHook | None, remote: RemoteSlots | None
+    ) -> _FakeStep:
+        assert remote is None
+        rows = [_Row.of(chunk) for chunk in plan.chunks]
+        step = _FakeStep(self.num_launched, rows, after_layer, self._pages.layout.num_layers)
+        self.num_launched += 1
+        self._queue.put(step)
+        return step
+
+    def fileno(self) -> int | None:
+        return self._news.fileno()
+
+    def drain_news(self) -> None:
+        self._news.drain()
+
+    def close(self) -> None:
+        self._queue.put(None)
+        self._thread.join()
+        self._news.close()
+
+    def _compute(self) -> None:
+        while (step := self._queue.get()) is not None:
+            if self.before_step is not None:
+                self.before_step(step.number)
+            for row in step.rows:
+                if row.token_ids == [-1]:
+                    row.token_ids = [self._sampled[row.request_id]]
+            for layer in range(self._pages.layout.num_layers):
+                for row in step.rows:
+                    self._pages.write(row, layer)
+            sampling = [row for row in step.rows if row.samples]
+            token_ids = [self._pages.next_token(row) for row in sampling]
+            self._sampled = {
+                row.request_id: token for row, token in zip(sampling, token_ids, strict=True)
+            }
+            step.token_ids = token_ids
+            step.computed.set()
+            self._news.ring()
+
+
+class _FakeStep:
+    """A step on the fake device."""
+
+    def __init__(
+        self, number: int, rows: list[_Row], after_layer: LayerHook | None, num_layers: int
+    ) -> None:
+        self.number = number
+        self.rows = rows
+        self.token_ids: list[int] = []
+        self.computed = threading.Event()
+        self._after_layer = after_layer
+        self._num_layers = num_layers
+
+    def done(self) -> bool:
+        return self.computed.is_set()
+
+    def result(self) -> StepTokens:
+        self.computed.wait()
+        if self._after_layer is not None:
+            for layer in range(self._num_layers):
+                self._after_layer(layer)
+        return _tokens(self.token_ids)

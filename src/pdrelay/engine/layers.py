@@ -9,8 +9,9 @@ from typing import Protocol
 import torch
 from torch.nn import functional
 
-from pdrelay.engine.kernels import Kernels, load_kernels
+from pdrelay.engine.kernels import Kernels
 from pdrelay.engine.kernels.workspace import Workspace
+from pdrelay.engine.remote_store import RemoteLayer
 from pdrelay.model.config import Llama3RopeScaling, ModelConfig
 
 
@@ -44,6 +45,26 @@ class Ops(Protocol):
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """[T, 2 * I] -> silu(first half) * second half, [T, I]."""
 
+    def norm_linear(
+        self,
+        x: torch.Tensor | None,
+        residual: torch.Tensor,
+        norm_weight: torch.Tensor,
+        eps: float,
+        linear: Linear,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`linear` of `add_rms_norm`, and residual + x, which may be `residual` itself."""
+
+    def norm_gate_up(
+        self,
+        x: torch.Tensor | None,
+        residual: torch.Tensor,
+        norm_weight: torch.Tensor,
+        eps: float,
+        gate_up: Linear,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`silu_mul` of `norm_linear`, and residual + x."""
+
     def rope_write_kv(
         self,
         qkv: torch.Tensor,
@@ -52,22 +73,42 @@ class Ops(Protocol):
         rope_table: torch.Tensor,
         norms: HeadNorms | None,
         kv_layer: torch.Tensor,
+        remote: RemoteLayer | None = None,
+        keep_keys: bool = False,
     ) -> torch.Tensor:
         """Norm and rotate q and k of [T, (Hq + 2 * Hkv) * D]; write k and v into the pages.
 
-        `kv_layer` [num_blocks, 2, block_size, Hkv, D]. Returns q, [T, Hq * D], maybe strided.
+        `kv_layer` [num_blocks, 2, block_size, Hkv, D]. `remote`: a peer's pages that get the same;
+        `keep_keys`: k is rotated in `qkv` too. Both on CUDA only; elsewhere remote is None.
+        Returns q, [T, Hq * D], maybe strided.
         """
 
 
-def select_ops(dtype: torch.dtype, device: torch.device, use_kernels: bool = True) -> Ops:
-    """The C kernels where they run, else torch."""
-    kernels = load_kernels() if use_kernels else None
-    if kernels is not None and dtype == torch.float32 and device.type == "cpu":
-        return KernelOps(kernels)
-    return TorchOps()
+class _Unfused:
+    """Norm, projection and activation one after the other."""
+
+    def norm_linear(
+        self: Ops,
+        x: torch.Tensor | None,
+        residual: torch.Tensor,
+        norm_weight: torch.Tensor,
+        eps: float,
+        linear: Linear,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return linear(self.add_rms_norm(x, residual, norm_weight, eps)), residual
+
+    def norm_gate_up(
+        self: Ops,
+        x: torch.Tensor | None,
+        residual: torch.Tensor,
+        norm_weight: torch.Tensor,
+        eps: float,
+        gate_up: Linear,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.silu_mul(gate_up(self.add_rms_norm(x, residual, norm_weight, eps))), residual
 
 
-class TorchOps:
+class TorchOps(_Unfused):
     """Any dtype, any device."""
 
     def linear(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
@@ -92,7 +133,10 @@ class TorchOps:
         rope_table: torch.Tensor,
         norms: HeadNorms | None,
         kv_layer: torch.Tensor,
+        remote: RemoteLayer | None = None,
+        keep_keys: bool = False,
     ) -> torch.Tensor:
+        assert remote is None and not keep_keys
         block_size, num_kv_heads, head_dim = kv_layer.shape[2:]
         heads = qkv.view(qkv.shape[0], -1, head_dim)
         num_heads = heads.shape[1] - 2 * num_kv_heads
@@ -106,7 +150,7 @@ class TorchOps:
         return rotate(q, table).flatten(1)
 
 
-class KernelOps:
+class KernelOps(_Unfused):
     """float32 on CPU. A row's result has the same bits in any batch (see cpu.c)."""
 
     def __init__(self, kernels: Kernels) -> None:
@@ -148,7 +192,10 @@ class KernelOps:
         rope_table: torch.Tensor,
         norms: HeadNorms | None,
         kv_layer: torch.Tensor,
+        remote: RemoteLayer | None = None,
+        keep_keys: bool = False,
     ) -> torch.Tensor:
+        assert remote is None and not keep_keys
         block_size, num_kv_heads, head_dim = kv_layer.shape[2:]
         num_rows, width = qkv.shape
         q_width = width - 2 * num_kv_heads * head_dim

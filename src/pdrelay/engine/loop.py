@@ -1,16 +1,20 @@
-"""The step loop of rank 0: messages in, one step, tokens out. Single-threaded.
+"""The step loop of rank 0: messages in, steps, tokens out. Single-threaded.
 
-Plan, run, and read are separate calls (`Scheduler.schedule`, `ModelRunner.execute`,
-`Scheduler.update`), so that an overlapping loop can plan step N+1 before it reads step N.
+On a synchronous runner each turn plans, runs and reads one step. On an asynchronous one, up to
+`runner.depth` steps are in flight: step N+1 is planned and launched while the device computes step
+N, so host work between steps hides behind it. Sleeping ends with the next message or the end of
+the oldest step, whichever comes first. Blocks that a step in flight touches stay with their
+request (`core/scheduler.py`), so aborts, preemption and new promises need no care here.
 """
 
 from __future__ import annotations
 
 import resource
 import selectors
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 from pdrelay.core.channel import Channel
 from pdrelay.core.clock import Clock
@@ -33,20 +37,26 @@ from pdrelay.engine.consumer import Consumer
 from pdrelay.engine.outbox import Outbox
 from pdrelay.engine.prefix_writer import PrefixWriter
 from pdrelay.engine.producer import Producer
-from pdrelay.engine.step import StepTokens
+from pdrelay.engine.step import RemoteSlots, Runner, StepHandle, StepTokens, needs_host_tokens
+from pdrelay.engine.step_pacer import StepPacer
 from pdrelay.transport.base import Transport
 
 STATS_INTERVAL_NS = 100_000_000
 _IDLE_WAIT_S = 1.0  # an idle loop wakes for deadlines at least this often
 
 
-class Runner(Protocol):
-    """What the loop needs of a model runner; tests give a fake."""
+@dataclass(frozen=True)
+class InFlight:
+    """A launched step that is not read yet."""
 
-    def execute(self, plan: StepPlan, after_layer: Callable[[int], None] | None) -> StepTokens: ...
+    plan: StepPlan
+    handle: StepHandle
+    launched_ns: int
 
 
 class EngineLoop:
+    """`remote_of(plan)` names the peer's pages that a producer's step stores into."""
+
     def __init__(
         self,
         *,
@@ -60,6 +70,7 @@ class EngineLoop:
         transport: Transport | None,
         clock: Clock,
         prefix_writer: PrefixWriter | None = None,
+        remote_of: Callable[[StepPlan], RemoteSlots | None] | None = None,
     ) -> None:
         self._instance = instance
         self._scheduler = scheduler
@@ -71,6 +82,10 @@ class EngineLoop:
         self._transport = transport
         self._clock = clock
         self._prefix_writer = prefix_writer
+        self._remote_of = remote_of
+        self._in_flight: deque[InFlight] = deque()
+        self._pacer = StepPacer()
+        self._busy_until_ns = 0
         self._draining = False
         self._stats = WorkerStats()
         self._stats_sent_ns = 0
@@ -83,10 +98,14 @@ class EngineLoop:
         while not self._control.closed:
             self._wait(block=not worked)
             self._read_control()
-            if self._draining and self._scheduler.idle:
+            if self._draining and self._scheduler.idle and not self._in_flight:
                 return
             self._poll_transfers()
-            worked = self._step() if self._scheduler.has_work else False
+            worked = self._read_steps()
+            if worked:
+                self._flush()  # tokens leave before the next step is planned
+            worked |= self._launch_steps()
+            worked |= self._read_steps()
             self._flush()
 
     # ---- input
@@ -95,7 +114,8 @@ class EngineLoop:
         """Sleep until some socket has news, when the last turn found nothing to do."""
         if not block:
             return
-        with selectors.DefaultSelector() as selector:
+        # select(2): its timeout has microseconds, epoll's is rounded up to milliseconds.
+        with selectors.SelectSelector() as selector:
             for channel in self._channels():
                 writable = selectors.EVENT_WRITE if channel.has_pending else 0
                 selector.register(channel, selectors.EVENT_READ | writable)
@@ -104,7 +124,17 @@ class EngineLoop:
             news = self._transport.fileno() if self._transport is not None else None
             if news is not None:
                 selector.register(news, selectors.EVENT_READ)
-            selector.select(_IDLE_WAIT_S)
+            done = self._runner.fileno()
+            if done is not None:
+                selector.register(done, selectors.EVENT_READ)
+            selector.select(self._timeout_s())
+        self._runner.drain_news()
+
+    def _timeout_s(self) -> float:
+        if not self._in_flight or len(self._in_flight) == self._runner.depth:
+            return _IDLE_WAIT_S
+        until_ns = self._pacer.not_before_ns() - self._clock()
+        return min(until_ns / 1e9, _IDLE_WAIT_S) if until_ns > 0 else _IDLE_WAIT_S
 
     def _channels(self) -> list[Channel]:
         channels: list[Channel] = [self._control]
@@ -149,39 +179,75 @@ class EngineLoop:
         if self._consumer is not None:
             self._consumer.poll()
 
-    # ---- one step
+    # ---- steps
 
-    def _step(self) -> bool:
-        """Plan and run one step. Returns whether anything could run."""
-        plan = self._scheduler.schedule()
-        for reservation in plan.reservations:
-            assert self._consumer is not None
-            self._consumer.reserved(reservation)
-        if not plan.chunks:
-            return bool(plan.reservations)
-        start_ns = self._clock()
-        self._note_start(plan, start_ns)
-        step = self._execute(plan)
-        end_ns = self._clock()
-        self._note_prefill_end(plan, end_ns)
-        self._note_prompt_logprobs(plan, step)
-        for token in self._scheduler.update(plan, step.token_ids):
-            self._emit(token, step.logprobs[token.index])
-        self._stats.num_steps += 1
-        self._stats.busy_ns += end_ns - start_ns
-        self._stats_dirty = True
-        return True
+    def _launch_steps(self) -> bool:
+        """Launch steps while there is work and room. Returns whether anything changed."""
+        changed = False
+        while len(self._in_flight) < self._runner.depth and self._may_plan():
+            begun_ns = self._clock()
+            plan = self._scheduler.schedule()
+            for reservation in plan.reservations:
+                assert self._consumer is not None
+                self._consumer.reserved(reservation)
+            changed |= bool(plan.reservations)
+            if not plan.chunks:
+                break
+            self._launch(plan)
+            self._pacer.launched(plan, begun_ns, self._clock())
+            changed = True
+        return changed
 
-    def _execute(self, plan: StepPlan) -> StepTokens:
-        """Run the step; a producer sends each layer as it is written."""
+    def _may_plan(self) -> bool:
+        """Requests whose next token depends on the last one's id are not planned ahead."""
+        if not self._scheduler.has_work:
+            return False
+        if not self._in_flight:
+            return True
+        if self._clock() < self._pacer.not_before_ns():
+            return False
+        return not any(
+            needs_host_tokens(chunk.request)
+            for step in self._in_flight
+            for chunk in step.plan.chunks
+        )
+
+    def _launch(self, plan: StepPlan) -> None:
+        """A producer sends each layer as it is written, or queues it behind the layer."""
+        now_ns = self._clock()
+        self._note_start(plan, now_ns)
         producer = self._producer
-        if producer is None:
-            return self._runner.execute(plan, None)
-        producer.begin_step()
-        try:
-            return self._runner.execute(plan, partial(producer.after_layer, plan))
-        finally:
-            producer.end_step()
+        remote = self._remote_of(plan) if self._remote_of is not None else None
+        after_layer = None
+        if producer is not None:
+            producer.begin_step()
+            after_layer = partial(producer.after_layer, plan)
+        handle = self._runner.launch(plan, after_layer, remote)
+        self._in_flight.append(InFlight(plan, handle, now_ns))
+
+    def _read_steps(self) -> bool:
+        """Read every step that is done. Returns whether there was one."""
+        found = False
+        while self._in_flight and self._in_flight[0].handle.done():
+            self._read_step(self._in_flight.popleft())
+            found = True
+        return found
+
+    def _read_step(self, step: InFlight) -> None:
+        plan, tokens = step.plan, step.handle.result()
+        end_ns = self._clock()
+        self._pacer.read(end_ns)
+        if self._producer is not None:
+            self._producer.end_step()
+        self._note_prefill_end(plan, end_ns)
+        self._note_prompt_logprobs(plan, tokens)
+        for token in self._scheduler.update(plan, tokens.token_ids):
+            self._emit(token, tokens.logprobs[token.index])
+        self._stats.num_steps += 1
+        # Steps in flight overlap on the host but not on the device: count no time twice.
+        self._stats.busy_ns += end_ns - max(step.launched_ns, self._busy_until_ns)
+        self._busy_until_ns = end_ns
+        self._stats_dirty = True
 
     def _emit(self, token: NewToken, logprobs: TokenLogprobs | None) -> None:
         request = token.request

@@ -1,14 +1,33 @@
-"""The producer's side of P/D: sends prompts' KV to consumers while prefill computes it."""
+"""The producer's side of P/D: sends prompts' KV to consumers while prefill computes it.
+
+On accelerators nothing that stores into a consumer's pages is over when the call that launched it
+returns. What tells the consumer that it may reuse promised blocks (Commit, Closed, Cancel) is
+therefore held back until every store of the request is complete: copies, by the transport's news
+(`Sent`, `Stopped`); stores by the kernels of launched steps, by `end_step`, which the loop calls
+once it has read the step. `transport/device_mapped.py` has the whole argument.
+
+The loop's calls, in this order for each step, and each of them once a step:
+
+    remote_store(plan)            where the step's kernels shall store besides the own pages
+    begin_step()
+    after_layer(plan, layer) ...  the layer's writes are launched (or done)
+    end_step()                    the step is complete and read; steps end in the order they began
+"""
 
 from __future__ import annotations
 
 import socket
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from pdrelay.core.channel import Channel
 from pdrelay.core.clock import Clock
-from pdrelay.core.hand_over import HandOver, Piece
+from pdrelay.core.hand_over import Fused, HandOver, Piece
 from pdrelay.core.messages import (
     Cancel,
     Closed,
@@ -20,7 +39,7 @@ from pdrelay.core.messages import (
     Reserve,
 )
 from pdrelay.core.request import Request
-from pdrelay.core.scheduler import Scheduler, StepPlan
+from pdrelay.core.scheduler import Chunk, Scheduler, StepPlan
 from pdrelay.engine.outbox import Outbox
 from pdrelay.errors import (
     DeadlineError,
@@ -33,6 +52,7 @@ from pdrelay.transport.base import (
     Descriptor,
     ProducerLink,
     Sent,
+    Stopped,
     TransferFailed,
     TransferReport,
     Transport,
@@ -50,6 +70,44 @@ class Peer:
     channel: Channel[PeerMessage]
     link: ProducerLink | None = None
     early: dict[str, Reserve] = field(default_factory=dict)  # before the front door's Prefill
+    closing: dict[str, Closing] = field(default_factory=dict)
+    refusal: str = ""  # why the transport cannot reach it
+
+
+@dataclass
+class Closing:
+    """A request given up while its stores are not over: what to tell the consumer then."""
+
+    copying: bool  # until the link says Stopped
+    steps: list[FusedStep]  # launched steps that store for it
+    messages: list[Cancel | Closed] = field(default_factory=list)
+
+    @property
+    def over(self) -> bool:
+        return not self.copying and all(step.complete for step in self.steps)
+
+
+@dataclass
+class FusedStep:
+    """What one launched step stores into one consumer's pages."""
+
+    peer: Peer
+    start_ns: int
+    stores: list[tuple[Outgoing, Fused]]
+    complete: bool = False
+
+    def stores_for(self, outgoing: Outgoing) -> bool:
+        return any(other is outgoing for other, _ in self.stores)
+
+
+@dataclass(frozen=True)
+class RemoteSlots:
+    """`tensor`: the peer's pool, as the transport maps it (`RemotePool.tensor`). `slots`: int64
+    [T] in host memory, a row of the flat batch each: block * block_size + offset in that pool;
+    -1: not for this peer."""
+
+    tensor: Any
+    slots: npt.NDArray[np.int64]
 
 
 @dataclass
@@ -64,6 +122,7 @@ class Outgoing:
     report: TransferReport | None = None  # all bytes have left
     first_token: int | None = None
     deadline_ns: int | None = None  # set once prefill is done
+    table: list[int] = field(default_factory=list)  # `request.block_table` as last seen
 
 
 class Producer:
@@ -92,8 +151,12 @@ class Producer:
         self._block_size = scheduler.config.block_size
         self._peers: dict[str, Peer] = {}  # by address
         self._outgoing: dict[str, Outgoing] = {}
-        self._in_step = False
-        self._to_finish: list[Request] = []  # given up while a step computes on their blocks
+        self._next_step: FusedStep | None = None  # of the step that begins next
+        self._steps: deque[FusedStep | None] = deque()  # begun and not complete
+        self._num_begun = self._num_ended = 0  # steps
+        # Given up while steps compute on their blocks: (`_num_ended` that frees them, request).
+        self._to_finish: deque[tuple[int, Request]] = deque()
+        self._leaving: dict[str, ProducerLink] = {}  # closed, by address
         self.bytes_sent = 0
         self.failures = 0
 
@@ -125,7 +188,7 @@ class Producer:
         self._outgoing[request.request_id] = outgoing
         self._scheduler.add(request)
         if peer.link is not None:
-            self._send(outgoing, hand_over.link_ready())
+            self._link_ready(outgoing)
         early = peer.early.pop(request.request_id, None)
         if early is not None:
             self._set_slots(outgoing, early)
@@ -137,25 +200,111 @@ class Producer:
 
     # ---- during and after a step
 
+    def remote_store(self, plan: StepPlan) -> RemoteSlots | None:
+        """Which consumer's pages the plan's step shall store into, too: of the one to which most
+        of its rows go. What is not stored so is copied. Claims the rows: the step must follow."""
+        assert self._next_step is None
+        rows: dict[str, int] = {}  # by peer address
+        for outgoing, chunk in self._fusible(plan):
+            rows[outgoing.peer.address] = rows.get(outgoing.peer.address, 0) + chunk.length
+        if not rows:
+            return None
+        peer = self._peers[max(rows, key=lambda address: rows[address])]
+        slots = np.full(sum(chunk.length for chunk in plan.chunks), -1, np.int64)
+        step = FusedStep(peer, self._clock(), [])
+        for outgoing, chunk in self._fusible(plan):
+            if outgoing.peer is peer:
+                self._fuse(step, outgoing, chunk, slots, self._row_of(plan, chunk))
+        if not step.stores:
+            return None
+        self._next_step = step
+        assert peer.link is not None and peer.link.remote_pool is not None
+        return RemoteSlots(peer.link.remote_pool.tensor, slots)
+
+    def _fusible(self, plan: StepPlan) -> list[tuple[Outgoing, Chunk]]:
+        """Chunks of requests whose slots lie in a pool that kernels reach."""
+        found = []
+        for chunk in plan.chunks:
+            outgoing = self._outgoing.get(chunk.request.request_id)
+            if outgoing is None or not outgoing.hand_over.slots_known:
+                continue
+            link = outgoing.peer.link
+            if link is not None and link.remote_pool is not None:
+                found.append((outgoing, chunk))
+        return found
+
+    @staticmethod
+    def _row_of(plan: StepPlan, chunk: Chunk) -> int:
+        row = 0
+        for other in plan.chunks:
+            if other is chunk:
+                break
+            row += other.length
+        return row
+
+    def _fuse(
+        self,
+        step: FusedStep,
+        outgoing: Outgoing,
+        chunk: Chunk,
+        slots: npt.NDArray[np.int64],
+        row: int,
+    ) -> None:
+        self._see_table(outgoing)
+        hand_over, size = outgoing.hand_over, self._block_size
+        num_tokens = outgoing.request.num_prompt_tokens
+        fused = hand_over.fuse(chunk.start, chunk.start + chunk.length, num_tokens, size)
+        if fused is None:
+            return
+        first = row + fused.start - chunk.start
+        slots[first : first + fused.stop - fused.start] = hand_over.slots(fused, size)
+        step.stores.append((outgoing, fused))
+
     def begin_step(self) -> None:
         """Until `end_step`, requests that are given up keep their blocks: the step uses them."""
-        self._in_step = True
+        self._steps.append(self._next_step)
+        self._next_step = None
+        self._num_begun += 1
 
     def end_step(self) -> None:
-        self._in_step = False
-        for request in self._to_finish:
-            self._scheduler.finish(request)
-        self._to_finish.clear()
+        step = self._steps.popleft()
+        if step is not None:
+            step.complete = True
+            for outgoing, fused in step.stores:
+                self._stored(outgoing, fused, step)
+            self._tell_closed(step.peer)
+        self._num_ended += 1
+        while self._to_finish and self._to_finish[0][0] <= self._num_ended:
+            self._scheduler.finish(self._to_finish.popleft()[1])
+
+    def _stored(self, outgoing: Outgoing, fused: Fused, step: FusedStep) -> None:
+        """The step's stores for one request are complete."""
+        request_id = outgoing.request.request_id
+        link = outgoing.peer.link
+        if self._outgoing.get(request_id) is not outgoing or link is None:
+            return
+        num_layers = self._num_layers
+        outgoing.hand_over.stored()
+        try:
+            self._begin(outgoing, link)
+            link.stored(request_id, len(fused.blocks) * num_layers, num_layers, step.start_ns)
+        except TransportError as error:
+            self._fail(outgoing, WorkerLostError(f"KV hand-over failed: {error}"))
+            return
+        self._finish_if_all_sent(outgoing)
 
     def after_layer(self, plan: StepPlan, layer: int) -> None:
         """Layer `layer` of all the plan's chunks is written: send the blocks it completes, also
         into slots that consumers reserved meanwhile."""
+        if self._transport.device is not None:
+            self._transport.device.written(layer)
         for peer in list(self._peers.values()):
             self._read(peer)
         for chunk in plan.chunks:
             outgoing = self._outgoing.get(chunk.request.request_id)
             if outgoing is None:
                 continue
+            self._see_table(outgoing)
             done = chunk.start + chunk.length
             last = done >= chunk.request.num_prompt_tokens
             ready = outgoing.hand_over.num_blocks if last else done // self._block_size
@@ -181,7 +330,7 @@ class Producer:
             self._read(peer)
             if peer.link is not None:
                 for report in peer.link.poll():
-                    self._on_report(report)
+                    self._on_report(peer, report)
             if peer.channel.closed:
                 self._lose(peer)
         now = self._clock()
@@ -208,6 +357,10 @@ class Producer:
     def _peer(self, instance: str, address: str) -> Peer:
         peer = self._peers.get(address)
         if peer is None:
+            left = self._leaving.get(address)
+            if left is not None and not left.quiet():
+                raise OSError("stores over the last connection to it are not complete yet")
+            self._leaving.pop(address, None)
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
                 sock.connect(address)  # local: succeeds or fails at once
@@ -240,7 +393,7 @@ class Producer:
                     peer.early.pop(request_id, None)
                     if request_id in self._outgoing:
                         self._drop(self._outgoing[request_id])
-                    peer.channel.send(Closed(request_id))
+                    self._tell(peer, Closed(request_id))
                 case Closed(request_id=request_id):
                     peer.early.pop(request_id, None)
                 case _:
@@ -251,11 +404,12 @@ class Producer:
         peer.channel.received_fds.clear()
         try:
             peer.link = self._transport.connect(hello.layout, Descriptor(hello.descriptor, fds))
-        except TransportError:
+        except TransportError as error:
+            peer.refusal = str(error)
             peer.channel.close()
             return
         for outgoing in self._of(peer):
-            self._send(outgoing, outgoing.hand_over.link_ready())
+            self._link_ready(outgoing)
 
     def _of(self, peer: Peer) -> list[Outgoing]:
         return [o for o in self._outgoing.values() if o.peer is peer]
@@ -263,14 +417,27 @@ class Producer:
     def _lose(self, peer: Peer) -> None:
         del self._peers[peer.address]
         for outgoing in self._of(peer):
-            self._fail(outgoing, WorkerLostError(f"{peer.instance} is gone; try again"))
+            reason = f"cannot be reached: {peer.refusal}" if peer.refusal else "is gone; try again"
+            self._fail(outgoing, WorkerLostError(f"{peer.instance} {reason}"))
         if peer.link is not None:
             peer.link.close()
+            self._leaving[peer.address] = peer.link
         peer.channel.close()
 
     # ---- one hand-over
 
+    def _see_table(self, outgoing: Outgoing) -> None:
+        """A preempted request loses its blocks, and gets another table with the next ones."""
+        if outgoing.request.block_table is not outgoing.table:
+            outgoing.table = outgoing.request.block_table
+            outgoing.hand_over.rewind()
+
+    def _link_ready(self, outgoing: Outgoing) -> None:
+        self._see_table(outgoing)
+        self._send(outgoing, outgoing.hand_over.link_ready())
+
     def _set_slots(self, outgoing: Outgoing, reserve: Reserve) -> None:
+        self._see_table(outgoing)
         self._send(outgoing, outgoing.hand_over.set_slots(reserve.first_block, reserve.blocks))
         self._commit_if_complete(outgoing)
 
@@ -280,9 +447,7 @@ class Producer:
         if link is None:
             return
         try:
-            if not outgoing.begun:
-                outgoing.begun = True
-                link.begin(request_id, outgoing.request.prompt_keys(self._block_size))
+            self._begin(outgoing, link)
             for piece in pieces:
                 link.send(
                     request_id,
@@ -291,14 +456,33 @@ class Producer:
                     outgoing.request.block_table[piece.start : piece.stop],
                     outgoing.hand_over.destinations(piece),
                 )
-            if outgoing.hand_over.all_sent and not outgoing.finished:
-                outgoing.finished = True
-                link.finish(request_id)
+        except TransportError as error:
+            self._fail(outgoing, WorkerLostError(f"KV hand-over failed: {error}"))
+            return
+        self._finish_if_all_sent(outgoing)
+
+    def _begin(self, outgoing: Outgoing, link: ProducerLink) -> None:
+        if not outgoing.begun:
+            outgoing.begun = True
+            keys = outgoing.request.prompt_keys(self._block_size)
+            link.begin(outgoing.request.request_id, keys)
+
+    def _finish_if_all_sent(self, outgoing: Outgoing) -> None:
+        link = outgoing.peer.link
+        if outgoing.finished or not outgoing.hand_over.all_sent or link is None:
+            return
+        outgoing.finished = True
+        try:
+            link.finish(outgoing.request.request_id)
         except TransportError as error:
             self._fail(outgoing, WorkerLostError(f"KV hand-over failed: {error}"))
 
-    def _on_report(self, report: Sent | TransferFailed) -> None:
+    def _on_report(self, peer: Peer, report: Sent | Stopped | TransferFailed) -> None:
         match report:
+            case Stopped(transfer_id=transfer_id):
+                if transfer_id in peer.closing:
+                    peer.closing[transfer_id].copying = False
+                    self._tell_closed(peer)
             case Sent(report=done):
                 outgoing = self._outgoing.get(done.transfer_id)
                 if outgoing is not None:
@@ -331,17 +515,38 @@ class Producer:
         self._scheduler.finish(request)
 
     def _drop(self, outgoing: Outgoing, *, cancel: str | None = None) -> None:
-        """Stop storing, free the blocks; tell the consumer unless it was the one to ask."""
-        request_id = outgoing.request.request_id
+        """Stop storing, free the blocks; tell the consumer, once nothing of it is stored any more,
+        unless it was the one to ask."""
+        request_id, peer = outgoing.request.request_id, outgoing.peer
         del self._outgoing[request_id]
-        if outgoing.peer.link is not None and outgoing.begun:
-            outgoing.peer.link.abort(request_id)
+        copying = False
+        if peer.link is not None and outgoing.begun:
+            copying = not peer.link.abort(request_id)
+        steps = [step for step in self._steps if step is not None and step.stores_for(outgoing)]
+        closing = Closing(copying, steps)
+        if not closing.over:
+            peer.closing[request_id] = closing
         if cancel is not None:
-            outgoing.peer.channel.send(Cancel(request_id, cancel))
-        if self._in_step:
-            self._to_finish.append(outgoing.request)
+            self._tell(peer, Cancel(request_id, cancel))
+        if self._steps:
+            self._to_finish.append((self._num_begun, outgoing.request))
         else:
             self._scheduler.finish(outgoing.request)
+
+    def _tell(self, peer: Peer, message: Cancel | Closed) -> None:
+        """Say that the request is stored no more; when it is so."""
+        closing = peer.closing.get(message.request_id)
+        if closing is None:
+            peer.channel.send(message)
+        else:
+            closing.messages.append(message)
+
+    def _tell_closed(self, peer: Peer) -> None:
+        for request_id, closing in list(peer.closing.items()):
+            if closing.over:
+                del peer.closing[request_id]
+                for message in closing.messages:
+                    peer.channel.send(message)
 
     def _fail(self, outgoing: Outgoing, error: RequestError) -> None:
         if outgoing.request.request_id not in self._outgoing:

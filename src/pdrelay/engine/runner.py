@@ -12,10 +12,8 @@ from pdrelay.core.scheduler import Chunk, StepPlan
 from pdrelay.engine.attention.context import DecodeSegment, ForwardContext, PrefillSegment
 from pdrelay.engine.batch import BatchInput, build_batch, wants_prompt_logprobs
 from pdrelay.engine.models.registry import CausalLM
-from pdrelay.engine.sampler import SamplingRow, sample, token_logprobs
-from pdrelay.engine.step import StepTokens
-
-LayerHook = Callable[[int], None]
+from pdrelay.engine.sampler import SamplingRow, has_penalties, sample, token_logprobs
+from pdrelay.engine.step import DoneStep, LayerHook, RemoteSlots, StepTokens
 
 
 def _int64(data: bytes) -> torch.Tensor:
@@ -55,7 +53,10 @@ def forward(
 
 
 class ModelRunner:
-    """Rank 0's runner. `broadcast` hands the batch to the other ranks before computing."""
+    """Rank 0's synchronous runner.
+
+    `broadcast` hands the batch to the other ranks before computing.
+    """
 
     def __init__(
         self,
@@ -69,43 +70,64 @@ class ModelRunner:
         self._block_size = block_size
         self._broadcast = broadcast
 
+    @property
+    def depth(self) -> int:
+        return 1
+
+    def fileno(self) -> int | None:
+        return None
+
+    def drain_news(self) -> None:
+        pass
+
     @torch.inference_mode()
-    def execute(self, plan: StepPlan, after_layer: LayerHook | None) -> StepTokens:
+    def launch(
+        self, plan: StepPlan, after_layer: LayerHook | None, remote: RemoteSlots | None
+    ) -> DoneStep:
+        assert remote is None, "peers' pages are stored into by the transport here"
         batch = build_batch(plan, self._block_size)
         if self._broadcast is not None:
             self._broadcast(batch)
         logits = forward(self._model, self._kv_pool, batch, after_layer)
-        return self._sample(plan, logits)
-
-    def _sample(self, plan: StepPlan, logits: torch.Tensor) -> StepTokens:
-        prompt_logprobs: dict[str, list[TokenLogprobs]] = {}
-        sampling_rows: list[int] = []
-        row = 0
-        for chunk in plan.chunks:
-            if wants_prompt_logprobs(chunk):
-                chunk_logits = logits[row : row + chunk.length]
-                prompt_logprobs[chunk.request.request_id] = _of_prompt(chunk, chunk_logits)
-                row += chunk.length
-            elif chunk.samples:
-                row += 1
-            if chunk.samples:
-                sampling_rows.append(row - 1)
-        sampling = [chunk for chunk in plan.chunks if chunk.samples]
-        if not sampling:
-            return StepTokens([], [], prompt_logprobs)
-        chosen = logits if len(sampling_rows) == logits.shape[0] else logits[sampling_rows]
-        result = sample(chosen, [_sampling_row(chunk) for chunk in sampling])
-        return StepTokens(result.token_ids, result.logprobs, prompt_logprobs)
+        return DoneStep(sample_on_host(plan, logits))
 
 
-def _sampling_row(chunk: Chunk) -> SamplingRow:
+def sample_on_host(plan: StepPlan, logits: torch.Tensor) -> StepTokens:
+    """Tokens and log-probabilities of a plan from its `logits` (rows as `build_batch` lists
+    them, padding rows behind), float32; waits for them."""
+    prompt_logprobs: dict[str, list[TokenLogprobs]] = {}
+    sampling_rows: list[int] = []
+    row = 0
+    for chunk in plan.chunks:
+        if wants_prompt_logprobs(chunk):
+            chunk_logits = logits[row : row + chunk.length]
+            prompt_logprobs[chunk.request.request_id] = _of_prompt(chunk, chunk_logits)
+            row += chunk.length
+        elif chunk.samples:
+            row += 1
+        if chunk.samples:
+            sampling_rows.append(row - 1)
+    sampling = [chunk for chunk in plan.chunks if chunk.samples]
+    if not sampling:
+        return StepTokens([], [], prompt_logprobs)
+    chosen = logits if len(sampling_rows) == logits.shape[0] else logits[sampling_rows]
+    result = sample(chosen, [sampling_row(chunk) for chunk in sampling])
+    return StepTokens(result.token_ids, result.logprobs, prompt_logprobs)
+
+
+def sampling_row(chunk: Chunk) -> SamplingRow:
     request = chunk.request
     return SamplingRow(
         params=request.params,
         prompt_token_ids=request.source.prompt_token_ids,
-        output_token_ids=request.output_token_ids,
-        index=request.num_output_tokens,
+        output_token_ids=request.output_token_ids if has_penalties(request.params) else (),
+        index=output_index(chunk),
     )
+
+
+def output_index(chunk: Chunk) -> int:
+    """Output tokens before the one that a sampling chunk chooses, those in flight included."""
+    return chunk.start + chunk.length - chunk.request.num_prompt_tokens
 
 
 def _of_prompt(chunk: Chunk, logits: torch.Tensor) -> list[TokenLogprobs]:

@@ -95,18 +95,21 @@ def _mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def _is_plain_greedy(row: SamplingRow) -> bool:
-    params = row.params
+def is_host_choice(params: SamplingParams, index: int) -> bool:
+    """Whether output token `index` needs more than raw logits, temperature, top_k, top_p, min_p."""
     return (
-        params.temperature == 0.0
-        and params.logprobs is None
-        and not params.logit_bias
-        and row.index >= params.min_tokens
-        and not _has_penalties(params)
+        params.logprobs is not None
+        or bool(params.logit_bias)
+        or index < params.min_tokens
+        or has_penalties(params)
     )
 
 
-def _has_penalties(params: SamplingParams) -> bool:
+def _is_plain_greedy(row: SamplingRow) -> bool:
+    return row.params.greedy and not is_host_choice(row.params, row.index)
+
+
+def has_penalties(params: SamplingParams) -> bool:
     return (
         params.presence_penalty != 0.0
         or params.frequency_penalty != 0.0
@@ -127,7 +130,7 @@ def _adjust(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
         if params.logit_bias:
             ids = _known(tuple(params.logit_bias), vocab_size)
             values[ids] += torch.tensor([params.logit_bias[i] for i in ids], device=values.device)
-        if _has_penalties(params):
+        if has_penalties(params):
             _penalize(values, row)
     return adjusted
 
@@ -151,39 +154,57 @@ def _penalize(values: torch.Tensor, row: SamplingRow) -> None:
         values -= params.presence_penalty * (counts > 0)
 
 
-def _draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
-    """One random token a row, by inverting the cumulative distribution."""
-    device = logits.device
-
-    def column(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
-
-    logits = logits / column([row.params.temperature for row in rows])
-    min_p = [row.params.min_p for row in rows]
-    if any(min_p):
-        probs = logits.softmax(dim=-1)
-        floor = probs.amax(dim=-1, keepdim=True) * column(min_p)
-        logits = logits.masked_fill(probs < floor, -torch.inf)
-    if any(row.params.top_k or row.params.top_p < 1.0 for row in rows):
-        logits = _truncate(logits, rows, column([row.params.top_p for row in rows]))
-    cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
-    points = torch.tensor(
-        [[uniform(row.params.seed, row.index)] for row in rows], dtype=torch.float64, device=device
-    )
-    points *= cumulative[:, -1:]
-    token_ids = torch.searchsorted(cumulative, points, right=True)
-    drawn: list[int] = token_ids.clamp_(max=logits.shape[1] - 1)[:, 0].tolist()
-    return drawn
+def draw_columns(rows: Sequence[SamplingRow]) -> list[list[float]]:
+    """What `draw` needs of the rows: temperature, top_k, top_p, min_p, point."""
+    return [
+        [row.params.temperature for row in rows],
+        [float(row.params.top_k) for row in rows],
+        [row.params.top_p for row in rows],
+        [row.params.min_p for row in rows],
+        [uniform(row.params.seed, row.index) for row in rows],
+    ]
 
 
-def _truncate(
-    logits: torch.Tensor, rows: Sequence[SamplingRow], top_p: torch.Tensor
+def draw(
+    logits: torch.Tensor, columns: torch.Tensor, *, truncates: bool, has_min_p: bool
 ) -> torch.Tensor:
+    """One token a row of `logits` float32 [B, vocab], by inverting the cumulative distribution;
+    int64 [B]. `columns`: float64 [5, B] on the same device (see `draw_columns`). A row of
+    temperature 0 gets its argmax. Nothing waits for the device.
+    """
+    temperature, top_k, top_p, min_p, point = columns[:, :, None]
+    greedy = temperature == 0.0
+    scaled = logits / temperature.masked_fill(greedy, 1.0).float()
+    if has_min_p:
+        probs = scaled.softmax(dim=-1)
+        floor = probs.amax(dim=-1, keepdim=True) * min_p.float()
+        scaled = scaled.masked_fill(probs < floor, -torch.inf)
+    if truncates:
+        scaled = _truncate(scaled, top_k, top_p.float())
+    cumulative = scaled.double().softmax(dim=-1).cumsum(dim=-1)
+    points = point * cumulative[:, -1:]
+    drawn = torch.searchsorted(cumulative, points, right=True)
+    drawn = drawn.clamp_(max=logits.shape[1] - 1)
+    return torch.where(greedy, logits.argmax(dim=-1, keepdim=True), drawn)[:, 0]
+
+
+def _draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
+    columns = torch.tensor(draw_columns(rows), dtype=torch.float64, device=logits.device)
+    token_ids: list[int] = draw(
+        logits,
+        columns,
+        truncates=any(row.params.top_k or row.params.top_p < 1.0 for row in rows),
+        has_min_p=any(row.params.min_p for row in rows),
+    ).tolist()
+    return token_ids
+
+
+def _truncate(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     """Bar all but the top_k likeliest tokens, then all but the fewest that hold top_p."""
     vocab_size = logits.shape[1]
     ascending, order = logits.sort(dim=-1)
-    kept = [min(row.params.top_k or vocab_size, vocab_size) for row in rows]
-    cut = torch.tensor([[vocab_size - k] for k in kept], device=logits.device)
+    # top_k 0 keeps all.
+    cut = torch.where(top_k > 0, (vocab_size - top_k).clamp(min=0), 0.0).long()
     ascending = ascending.masked_fill(ascending < ascending.gather(1, cut), -torch.inf)
     outside = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1.0 - top_p
     outside &= top_p < 1.0

@@ -1,4 +1,5 @@
-"""Rank 0 tells the other ranks of an instance what to compute, as frames on Unix sockets.
+"""Rank 0 tells the other ranks of an instance what to compute, as frames on Unix sockets:
+`BatchInput` on CPU, `StepMessage` on CUDA.
 
 Only batches travel, never scheduler state: ranks cannot diverge. A lost rank ends the instance;
 the supervisor starts it again as a whole.
@@ -8,21 +9,23 @@ from __future__ import annotations
 
 import os
 import socket
+from typing import Generic, TypeVar
 
 from pdrelay.core.framing import FrameCodec
-from pdrelay.engine.batch import BatchInput
 from pdrelay.errors import LaunchError
 
 _RECV_BYTES = 1 << 18
 
+T = TypeVar("T")
 
-class Leader:
+
+class Leader(Generic[T]):
     """Rank 0's end. Bind before the ranks meet in their process group, accept after it."""
 
-    def __init__(self, path: str, num_followers: int, timeout_s: float) -> None:
+    def __init__(self, path: str, num_followers: int, timeout_s: float, message: type[T]) -> None:
         self._path = path
         self._num_followers = num_followers
-        self._codec: FrameCodec[BatchInput] = FrameCodec(BatchInput)
+        self._codec: FrameCodec[T] = FrameCodec(message)
         self._sockets: list[socket.socket] = []
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(path)
@@ -42,7 +45,7 @@ class Leader:
             self._listener.close()
             os.unlink(self._path)
 
-    def broadcast(self, batch: BatchInput) -> None:
+    def broadcast(self, batch: T) -> None:
         """Raises OSError when a follower is gone: fatal for the instance."""
         frame = self._codec.encode(batch)
         for sock in self._sockets:
@@ -53,16 +56,16 @@ class Leader:
             sock.close()
 
 
-class Follower:
+class Follower(Generic[T]):
     """The end of rank 1.. ."""
 
-    def __init__(self, path: str) -> None:
-        self._codec: FrameCodec[BatchInput] = FrameCodec(BatchInput)
-        self._ready: list[BatchInput] = []
+    def __init__(self, path: str, message: type[T]) -> None:
+        self._codec: FrameCodec[T] = FrameCodec(message)
+        self._ready: list[T] = []
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._sock.connect(path)
 
-    def next_batch(self) -> BatchInput | None:
+    def next_batch(self) -> T | None:
         """Wait for the next batch; None when rank 0 is gone (its end is closed by its death)."""
         while not self._ready:
             data = self._sock.recv(_RECV_BYTES)

@@ -43,14 +43,17 @@ class WeightSource(Protocol):
         """
 
 
-def open_weights(model: str, load_format: str, seed: int) -> WeightSource:
+def open_weights(
+    model: str, load_format: str, seed: int, device: torch.device | None = None
+) -> WeightSource:
     """`load_format` "dummy" is the seeded weights; "auto" reads files, unless the shape is
-    built in. Raises ModelError.
+    built in. Tensors come on `device` (default: CPU). Raises ModelError.
     """
     assert load_format in ("auto", "safetensors", "dummy")
+    device = torch.device("cpu") if device is None else device
     if load_format == "dummy" or is_built_in(model):
-        return DummyWeights(seed)
-    return SafetensorsWeights(Path(model))
+        return DummyWeights(seed, device)
+    return SafetensorsWeights(Path(model), device)
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, _Shape]:
@@ -90,8 +93,9 @@ def layer_prefix(layer: int) -> str:
 class SafetensorsWeights:
     """A directory with model.safetensors, or shards and their index; read through mmap."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, device: torch.device | None = None) -> None:
         self._directory = directory
+        self._device = "cpu" if device is None else str(device)
         self._file_of: dict[str, str] = {}
         index = directory / _INDEX
         if index.is_file():
@@ -150,7 +154,7 @@ class SafetensorsWeights:
     @contextlib.contextmanager
     def _open(self, file: str, name: str) -> Iterator[safe_open]:
         try:
-            with safe_open(self._directory / file, framework="pt") as handle:
+            with safe_open(self._directory / file, framework="pt", device=self._device) as handle:
                 if name not in handle.keys():  # noqa: SIM118 (no container)
                     raise ModelError(
                         f"{self._path(file)} holds no tensor {name!r}: download it again"
@@ -168,10 +172,14 @@ class DummyWeights:
     Projections N(0, 1 / fan_in), embeddings N(0, 1), norms 1, biases N(0, 0.02^2): activations
     keep unit variance, so attention and logits have structure. Ranks draw the full parameter and
     cut their part out of it.
+
+    They are drawn on the device, 8 billion in about a second: a CUDA device gives other numbers
+    than a CPU for the same seed. `save_pretrained_dummy` writes the CPU's.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, device: torch.device | None = None) -> None:
         self._seed = seed
+        self._device = torch.device("cpu") if device is None else device
 
     def tensor(
         self, name: str, shape: _Shape, dim: int = 0, start: int = 0, stop: int | None = None
@@ -182,10 +190,11 @@ class DummyWeights:
 
     def _draw(self, name: str, shape: _Shape) -> torch.Tensor:
         if name.endswith("norm.weight"):
-            return torch.ones(shape)
+            return torch.ones(shape, device=self._device)
         digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        values = torch.randn(shape, generator=generator, dtype=torch.float32)
+        generator = torch.Generator(self._device)
+        generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        values = torch.randn(shape, generator=generator, dtype=torch.float32, device=self._device)
         if name.endswith(".bias"):
             return values.mul_(0.02)
         return values if name == EMBEDDING else values.mul_(shape[-1] ** -0.5)

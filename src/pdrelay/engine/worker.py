@@ -5,7 +5,6 @@ Run as `python -m pdrelay.engine.worker` by the launcher, with the configuration
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import socket
@@ -14,30 +13,45 @@ import traceback
 from dataclasses import dataclass
 from functools import partial
 
+import msgspec
 import torch
 
 from pdrelay.core.block_manager import BlockManager
 from pdrelay.core.channel import Channel
 from pdrelay.core.clock import monotonic_ns
+from pdrelay.core.heap import settle_heap
 from pdrelay.core.kv_layout import KVLayout
 from pdrelay.core.messages import Fatal, Ready, Role, ToWorker
 from pdrelay.core.rank_config import RankConfig, read_rank_config
 from pdrelay.core.scheduler import Scheduler, SchedulerConfig
 from pdrelay.core.time_slice import request_short_slices
+from pdrelay.engine.batch import BatchInput
 from pdrelay.engine.communicator import Communicator, connect_ranks
 from pdrelay.engine.consumer import Consumer
+from pdrelay.engine.cuda_engine import (
+    CudaEngine,
+    build_engine,
+    open_device,
+    prepare_backend,
+    size_pool,
+    step_limits,
+)
 from pdrelay.engine.loop import EngineLoop
 from pdrelay.engine.models.registry import CausalLM, build_model
 from pdrelay.engine.outbox import Outbox
 from pdrelay.engine.prefix_writer import PrefixWriter
 from pdrelay.engine.producer import Producer
 from pdrelay.engine.runner import ModelRunner, forward
+from pdrelay.engine.startup_clock import StartupClock
+from pdrelay.engine.step import Runner
+from pdrelay.engine.step_input import StepMessage
 from pdrelay.engine.tp_link import Follower, Leader
 from pdrelay.engine.warmup import warm_up
 from pdrelay.errors import LaunchError, PdrelayError
 from pdrelay.model.config import ModelConfig, kv_layout, load_model_config
 from pdrelay.transport.base import Transport
 from pdrelay.transport.checksum import checksum
+from pdrelay.transport.device import DevicePages
 from pdrelay.transport.pages import SharedPages
 from pdrelay.transport.registry import TransportOptions, create_transport
 
@@ -46,35 +60,71 @@ _TP_TIMEOUT_S = 60.0
 
 @dataclass
 class Rank:
-    """What every rank holds, leader or not."""
+    """What every rank holds, leader or not. `config.num_blocks` is what the pool has."""
 
     config: RankConfig
     model_config: ModelConfig
     layout: KVLayout
-    pages: SharedPages
+    pages: SharedPages | DevicePages
     kv_pool: torch.Tensor
     model: CausalLM
+    startup: StartupClock
+    cuda: CudaEngine | None = None
 
 
 def build_rank(config: RankConfig, communicator: Communicator) -> Rank:
-    """Load weights and map the KV pool. Raises ModelError."""
+    """Load weights and make the KV pool. Raises ModelError, LaunchError."""
+    startup = StartupClock(monotonic_ns)
     model_config = load_model_config(config.model)
-    layout = kv_layout(
-        model_config, config.block_size, config.num_blocks, config.dtype, config.world_size
-    )
-    pages = SharedPages.create(layout)
-    dtype = getattr(torch, config.dtype)
-    kv_pool = torch.frombuffer(pages.buffer, dtype=dtype).view(layout.shape)
-    model = build_model(
-        config.model,
-        model_config,
-        load_format=config.load_format,
-        seed=config.seed,
-        dtype=dtype,
-        device=torch.device(config.device),
-        communicator=communicator,
-    )
-    return Rank(config, model_config, layout, pages, kv_pool, model)
+    with startup.phase("weights"):
+        model = build_model(
+            config.model,
+            model_config,
+            load_format=config.load_format,
+            seed=config.seed,
+            dtype=getattr(torch, config.dtype),
+            device=torch.device(config.device),
+            communicator=communicator,
+        )
+    if config.device == "cpu":
+        return _on_cpu(config, model_config, model, startup)
+    return _on_cuda(config, model_config, model, communicator, startup)
+
+
+def _layout(config: RankConfig, model_config: ModelConfig, num_blocks: int) -> KVLayout:
+    return kv_layout(model_config, config.block_size, num_blocks, config.dtype, config.world_size)
+
+
+def _on_cpu(
+    config: RankConfig, model_config: ModelConfig, model: CausalLM, startup: StartupClock
+) -> Rank:
+    layout = _layout(config, model_config, config.num_blocks)
+    with startup.phase("KV pool"):
+        pages = SharedPages.create(layout)
+    kv_pool = torch.frombuffer(pages.buffer, dtype=getattr(torch, config.dtype))
+    return Rank(config, model_config, layout, pages, kv_pool.view(layout.shape), model, startup)
+
+
+def _on_cuda(
+    config: RankConfig,
+    model_config: ModelConfig,
+    model: CausalLM,
+    communicator: Communicator,
+    startup: StartupClock,
+) -> Rank:
+    from pdrelay.transport.cuda.pages import CudaPages
+
+    limits = step_limits(config)
+    with startup.phase("memory profile"):
+        prepare_backend(model, model_config, limits, config.world_size)
+        one_block = _layout(config, model_config, 1)
+        num_blocks = size_pool(config, model_config, model, communicator, one_block)
+    layout = _layout(config, model_config, num_blocks)
+    with startup.phase("KV pool"):
+        pages = CudaPages.create(layout, torch.cuda.current_device())
+    engine = build_engine(model, pages.tensor, limits, startup)
+    config = msgspec.structs.replace(config, num_blocks=num_blocks)
+    return Rank(config, model_config, layout, pages, pages.tensor, model, startup, engine)
 
 
 def _rendezvous_path(config: RankConfig, what: str) -> str:
@@ -96,16 +146,17 @@ def follow(config: RankConfig) -> None:
     """Rank 1..: compute what rank 0 sends until it is gone."""
     communicator = _communicator(config)
     rank = build_rank(config, communicator)
+    assert rank.cuda is None, "tensor parallelism on CUDA is refused by the launcher"
     communicator.barrier()
     follower = Follower(_rendezvous_path(config, "tp"))
-    _settle()
+    settle_heap()
     with torch.inference_mode():
         while (batch := follower.next_batch()) is not None:
             forward(rank.model, rank.kv_pool, batch, None)
     follower.close()
 
 
-def _transport(config: RankConfig, pages: SharedPages) -> Transport | None:
+def _transport(config: RankConfig, pages: SharedPages | DevicePages) -> Transport | None:
     if not config.transport:
         return None
     options = TransportOptions(
@@ -120,9 +171,12 @@ def _transport(config: RankConfig, pages: SharedPages) -> Transport | None:
 def lead(config: RankConfig, control: Channel[ToWorker]) -> None:
     """Rank 0: build everything, report Ready, run the loop."""
     followers = config.world_size - 1
-    leader = Leader(_rendezvous_path(config, "tp"), followers, _TP_TIMEOUT_S) if followers else None
+    message = BatchInput if config.device == "cpu" else StepMessage
+    path = _rendezvous_path(config, "tp")
+    leader = Leader(path, followers, _TP_TIMEOUT_S, message) if followers else None
     communicator = _communicator(config)
     rank = build_rank(config, communicator)
+    config = rank.config
     communicator.barrier()
     if leader is not None:
         leader.accept()
@@ -137,16 +191,23 @@ def lead(config: RankConfig, control: Channel[ToWorker]) -> None:
         BlockManager(config.num_blocks, enable_prefix_caching=config.enable_prefix_caching),
         transport.prefix_store if transport is not None else None,
     )
-    runner = ModelRunner(
-        rank.model, rank.kv_pool, config.block_size, leader.broadcast if leader else None
-    )
-    warm_up(
-        runner,
-        scheduler_config,
-        num_blocks=config.num_blocks,
-        vocab_size=rank.model_config.vocab_size,
-        max_model_len=config.max_model_len,
-    )
+    runner: Runner
+    if rank.cuda is not None:
+        runner = rank.cuda.runner
+        runner.broadcast = leader.broadcast if leader else None
+    else:
+        broadcast = leader.broadcast if leader else None
+        runner = ModelRunner(rank.model, rank.kv_pool, config.block_size, broadcast)
+    with rank.startup.phase("warm-up"):
+        warm_up(
+            runner,
+            scheduler_config,
+            num_blocks=config.num_blocks,
+            vocab_size=rank.model_config.vocab_size,
+            max_model_len=config.max_model_len,
+            on_gpu=rank.cuda is not None,
+            remote_pool=rank.kv_pool if rank.cuda and config.role is Role.PREFILL else None,
+        )
     outbox = Outbox()
     producer, consumer = _peers(rank, transport, scheduler, outbox)
     prefix_writer = None
@@ -163,8 +224,10 @@ def lead(config: RankConfig, control: Channel[ToWorker]) -> None:
         transport=transport,
         clock=monotonic_ns,
         prefix_writer=prefix_writer,
+        remote_of=None if producer is None else producer.remote_store,
     )
-    _settle()
+    settle_heap()
+    print(f"start-up: {rank.startup}", flush=True)
     control.send(_ready(rank))
     try:
         loop.run()
@@ -221,16 +284,16 @@ def _ready(rank: Rank) -> Ready:
         resolved={
             "device": config.device,
             "dtype": config.dtype,
-            "kernels": kernels.describe(),
+            "kernels": kernels.describe() if config.device == "cpu" else "triton",
             "torch": str(torch.__version__),
+            "start-up": str(rank.startup),
         },
     )
 
 
-def _settle() -> None:
-    """Everything alive now stays: keep the collector from walking it in the middle of a step."""
-    gc.collect()
-    gc.freeze()
+def _open_device(config: RankConfig) -> None:
+    if config.device != "cpu":
+        open_device(config.device)
 
 
 def main() -> int:
@@ -241,10 +304,12 @@ def main() -> int:
     torch.set_num_threads(config.num_threads)
     torch.manual_seed(config.seed)
     if config.rank > 0:
+        _open_device(config)
         follow(config)
         return 0
     control: Channel[ToWorker] = Channel(socket.socket(fileno=config.control_fd), ToWorker)
     try:
+        _open_device(config)
         lead(config, control)
     except PdrelayError as error:
         control.send(Fatal(str(error)))

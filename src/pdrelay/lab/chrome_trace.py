@@ -12,6 +12,8 @@ from typing import Any
 from pdrelay.core.events import Event, EventKind, RequestRecord
 from pdrelay.lab.rundir import Run, TopologyData
 from pdrelay.lab.topology import label_of
+from pdrelay.telemetry.log import GpuRecord
+from pdrelay.telemetry.sample import GpuSample
 
 _CLIENT_SIDE = "router"
 TraceEvent = dict[str, Any]
@@ -35,7 +37,49 @@ def chrome_trace(run: Run) -> dict[str, Any]:
             pid = pids.number(process)
             events.append(_metadata(pid, process))
             events += _rows(on_track, pid, zero, name)
+        events += _gpu_counters(data, pids, label_of(name), zero)
     return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"model": run.info.model}}
+
+
+def _gpu_counters(
+    data: TopologyData, pids: _Numbers, label: str, zero_ns: int
+) -> Iterator[TraceEvent]:
+    """A process for each instance's GPU, with a counter track a quantity."""
+    named: dict[str, int] = {}
+    for record in data.gpu:
+        for instance, gpus in record.log.instances.items():
+            for gpu in gpus:
+                process = f"{label} · GPU {gpu} ({instance})"
+                if process not in named:
+                    named[process] = pids.number(process)
+                    yield _metadata(named[process], process)
+                yield from _counters(record, gpu, named[process], zero_ns)
+
+
+def _counters(record: GpuRecord, gpu: int, pid: int, zero_ns: int) -> Iterator[TraceEvent]:
+    for sample in record.samples:
+        if sample.gpu != gpu or sample.t_ns < zero_ns:
+            continue
+        for name, value in _quantities(sample):
+            ts = (sample.t_ns - zero_ns) / 1e3
+            yield {"ph": "C", "name": name, "pid": pid, "ts": ts, "args": {name: value}}
+
+
+def _quantities(sample: GpuSample) -> Iterator[tuple[str, float]]:
+    """What the GPU tells, in units that people read."""
+    quantities: tuple[tuple[str, float | None, float], ...] = (
+        ("SM %", sample.sm, 100.0),
+        ("tensor cores %", sample.tensor, 100.0),
+        ("DRAM TB/s", sample.dram_bytes_per_s, 1e-12),
+        ("NVLink out GB/s", sample.nvlink_tx_mib_s, (1 << 20) / 1e9),
+        ("NVLink in GB/s", sample.nvlink_rx_mib_s, (1 << 20) / 1e9),
+        ("utilisation %", sample.utilization, 100.0),
+        ("memory GB", sample.memory_used_bytes, 1e-9),
+        ("power W", sample.power_w, 1.0),
+    )
+    for name, value, factor in quantities:
+        if value is not None:
+            yield name, value * factor
 
 
 class Span:

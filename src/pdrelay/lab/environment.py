@@ -18,7 +18,7 @@ _COMMAND_S = 10.0
 def environment() -> dict[str, Any]:
     """CPU, memory, kernel, versions, GPUs and load average now."""
     return {
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "kernel": f"{platform.system()} {platform.release()}",
@@ -39,7 +39,8 @@ def git_commit() -> str:
     return commit + ("+" if commit and changed else "")
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
+    """As the kernel gives it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

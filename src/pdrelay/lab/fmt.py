@@ -49,6 +49,11 @@ def share(figure: Estimate) -> str:
     return text
 
 
+def percent(value: float | None) -> str:
+    """A share without an interval."""
+    return NONE if value is None else f"{value:.0%}"
+
+
 def times(figure: Estimate) -> str:
     """A ratio: `1.03× [0.98, 1.07]`."""
     return f"{number(figure.value)}×{interval(figure)}" if figure.known else figure.note or NONE

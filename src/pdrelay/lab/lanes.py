@@ -5,9 +5,9 @@ from __future__ import annotations
 from pdrelay.lab import fmt, svg
 from pdrelay.lab.html import Markup, join
 from pdrelay.lab.plots import figure
-from pdrelay.lab.report.figures import Lane, Timeline
+from pdrelay.lab.report.figures import Counter, Lane, Timeline
 
-ROW, LEFT, RIGHT, FOOT = 34, 88, 18, 36
+ROW, LEFT, RIGHT, FOOT = 34, 100, 18, 36
 KINDS = (
     ("wait", "waits"),
     ("route", "tokenize and route"),
@@ -20,7 +20,7 @@ KINDS = (
 
 def draw(timeline: Timeline, label: str, until: float) -> Markup:
     """An SVG figure on the scale 0 .. `until` ms, so that several can be compared by eye."""
-    height = ROW * len(timeline.lanes) + FOOT
+    height = ROW * (len(timeline.lanes) + len(timeline.counters)) + FOOT
     x = svg.Linear(0.0, until or 1.0, LEFT, svg.WIDTH - RIGHT)
     parts: list[Markup] = []
     for tick in x.ticks():
@@ -31,6 +31,8 @@ def draw(timeline: Timeline, label: str, until: float) -> Markup:
     )
     for index, lane in enumerate(timeline.lanes):
         parts.append(_lane(lane, index * ROW + 6, x))
+    for index, counter in enumerate(timeline.counters, len(timeline.lanes)):
+        parts.append(_counter(counter, index * ROW + 6, x))
     parts.append(svg.line(x(timeline.ttft), 2, x(timeline.ttft), height - FOOT, "first-token"))
     title = (
         f"{label}: one request of {timeline.num_prompt_tokens:,} tokens, first token at the client "
@@ -38,6 +40,17 @@ def draw(timeline: Timeline, label: str, until: float) -> Markup:
     )
     image = svg.picture(title, join(parts), height=height)
     return figure(title, [], image)
+
+
+def _counter(counter: Counter, top: float, x: svg.Linear) -> Markup:
+    """Bars as high as the share, each as wide as the sample's interval."""
+    parts = [svg.text(LEFT - 8, top + 16, counter.name, "tick end")]
+    for start, end, share in counter.steps:
+        high = 20 * min(1.0, max(0.0, share))
+        words = f"{counter.name}: {share:.0%}"
+        width = max(1.0, x(end) - x(start))
+        parts.append(svg.rect(x(start), top + 23 - high, width, high, "fill k-gpu", words))
+    return join(parts)
 
 
 def _lane(lane: Lane, top: float, x: svg.Linear) -> Markup:

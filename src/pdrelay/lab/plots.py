@@ -127,15 +127,28 @@ def cdf_chart(title: str, curves: Sequence[Curve], *, x_label: str) -> Markup:
         return el("p", f"{title}: nothing was measured.", class_="empty")
     x = svg.x_log(min(values) / 1.1, max(values) * 1.1)
     y = svg.Linear(0.0, 1.0, svg.HEIGHT - svg.BOTTOM, svg.TOP)
-    drawn = join(
-        svg.polyline(
-            [(x(a), y(b)) for a, b in _steps(curve.points)],
-            f"line {svg.colour(curve.colour)}" + (" dashed" if curve.dashed else ""),
-        )
-        for curve in curves
-    )
+    drawn = join(_draw_curve(curve, _steps(curve.points), x, y) for curve in curves)
     image = svg.picture(title, svg.frame(x, y, x_label, "share of gaps at or below"), drawn)
     return figure(title, series_keys(curves), image)
+
+
+def time_chart(title: str, curves: Sequence[Curve], *, y_label: str) -> Markup:
+    """Shares, 0 to 1, over seconds."""
+    last = max((x for curve in curves for x, _ in curve.points), default=None)
+    if last is None:
+        return el("p", f"{title}: nothing was measured.", class_="empty")
+    x, y = svg.x_linear(0.0, last), svg.y_linear(1.0)
+    drawn = join(_draw_curve(curve, curve.points, x, y) for curve in curves)
+    return figure(
+        title, series_keys(curves), svg.picture(title, svg.frame(x, y, "s", y_label), drawn)
+    )
+
+
+def _draw_curve(
+    curve: Curve, points: Sequence[tuple[float, float]], x: svg.Scale, y: svg.Scale
+) -> Markup:
+    css = f"line {svg.colour(curve.colour)}" + (" dashed" if curve.dashed else "")
+    return svg.polyline([(x(a), y(b)) for a, b in points], css)
 
 
 def _steps(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

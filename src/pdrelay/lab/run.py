@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,16 +13,18 @@ from pathlib import Path
 from pdrelay import __version__
 from pdrelay.bench.client import ClosedLoop
 from pdrelay.bench.server_info import fetch_server_info
-from pdrelay.errors import ConfigError, LaunchError, PdrelayError
+from pdrelay.errors import LaunchError, PdrelayError
 from pdrelay.lab.budget import Budget
 from pdrelay.lab.config import LabConfig
 from pdrelay.lab.environment import environment, git_commit
 from pdrelay.lab.experiments import interference, shapes, traffic, ttft
 from pdrelay.lab.experiments.base import Context, Step
+from pdrelay.lab.gpu_watch import GpuWatch
 from pdrelay.lab.progress import Reporter
-from pdrelay.lab.rundir import LaunchInfo, RunInfo, write_json
+from pdrelay.lab.rundir import LaunchInfo, RunInfo, claim_directory, write_json
 from pdrelay.lab.server import Launcher, ServerHandle, engine_in
 from pdrelay.lab.topology import LabTopology
+from pdrelay.telemetry.source import OpenGpus, open_source
 
 START_S = 8.0  # estimate of starting, warming up and stopping a server
 WARMUP_LENGTHS = (64, 512, 2048)
@@ -38,14 +41,19 @@ class _Progress:
     launches: dict[str, LaunchInfo] = field(default_factory=dict)
 
 
-async def run_lab(config: LabConfig, launcher: Launcher, reporter: Reporter) -> RunInfo:
+async def run_lab(
+    config: LabConfig,
+    launcher: Launcher,
+    reporter: Reporter,
+    open_gpus: OpenGpus = open_source,
+) -> RunInfo:
     """Write a complete run directory at `config.out`.
 
     A server that does not start, or an experiment that fails, is noted and the rest goes on.
     Raises ConfigError when the directory is in use or the trace is bad, LaunchError when no server
     started at all.
     """
-    return await _Lab(config, launcher, reporter).run()
+    return await _Lab(config, launcher, reporter, open_gpus).run()
 
 
 def schedule(topologies: Sequence[LabTopology], repeats: int) -> list[tuple[LabTopology, int]]:
@@ -57,9 +65,12 @@ def schedule(topologies: Sequence[LabTopology], repeats: int) -> list[tuple[LabT
 
 
 class _Lab:
-    def __init__(self, config: LabConfig, launcher: Launcher, reporter: Reporter) -> None:
+    def __init__(
+        self, config: LabConfig, launcher: Launcher, reporter: Reporter, open_gpus: OpenGpus
+    ) -> None:
         self._config = config
         self._launcher = launcher
+        self._open_gpus = open_gpus
         self._reporter = reporter
         self._so_far = _Progress(trace_path=config.trace.path if config.trace else None)
         first = config.baseline  # its capacity sets everybody's rates
@@ -88,7 +99,7 @@ class _Lab:
     async def run(self) -> RunInfo:
         if self._config.trace is not None:
             traffic.check_trace(self._config.trace)
-        self._claim_directory()
+        claim_directory(self._config.out)
         self._save_info()
         write_json(self._config.out / "environment.json", environment())
         failures: list[str] = []
@@ -106,33 +117,27 @@ class _Lab:
             raise LaunchError(f"no server started; the first failure: {failures[0]}")
         return self._info
 
-    def _claim_directory(self) -> None:
-        out = self._config.out
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ConfigError(f"{out} exists and is not empty: choose another --out")
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            reason = error.strerror
-            raise ConfigError(f"cannot create {out}: {reason}; choose another --out") from error
-
     # ---- one server
 
     async def _one_start(self, topology: LabTopology, rep: int, starts_left: int) -> None:
         self._tell(f"{topology.label}: starting", starts_left, START_S)
         began = time.monotonic()
-        server = await self._start(topology, rep)
-        try:
+        async with AsyncExitStack() as stack:
+            server = await self._start(topology, rep)
+            stack.push_async_callback(server.stop)
+            gpus = GpuWatch(self._open_gpus(), self._gpu_file(topology, rep), server.workers())
+            stack.callback(gpus.stop)
             self._save_launch(topology, server)
             context = await self._prepare(topology, rep, server)
             startup_s = time.monotonic() - began
             await self._run_steps(context, starts_left, startup_s)
             write_json(self._directory(topology) / "workers.json", server.workers())
-        finally:
-            await server.stop()
+
+    def _gpu_file(self, topology: LabTopology, rep: int) -> Path:
+        return self._directory(topology) / f"gpu{_suffix(rep)}.jsonl"
 
     async def _start(self, topology: LabTopology, rep: int) -> ServerHandle:
-        suffix = f"-{rep}" if rep else ""
+        suffix = _suffix(rep)
         directory = self._directory(topology)
         directory.mkdir(parents=True, exist_ok=True)
         return await self._launcher.start(
@@ -249,6 +254,11 @@ class _Lab:
 
     def _save_info(self) -> None:
         write_json(self._config.out / "run.json", self._info)
+
+
+def _suffix(rep: int) -> str:
+    """Of the files of one server start."""
+    return f"-{rep}" if rep else ""
 
 
 def _now() -> str:

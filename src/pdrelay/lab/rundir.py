@@ -6,6 +6,7 @@
     DIR/topologies/<name>/workers.json    list of WorkerInfo: layout, resolved settings, peak RSS
     DIR/topologies/<name>/server*.log     one a server start; the first is server.log
     DIR/topologies/<name>/events*.jsonl   core.events.RequestRecord lines; one file a server start
+    DIR/topologies/<name>/gpu*.jsonl      telemetry.log: GPU samples; one file a server start
     DIR/experiments/<experiment>/<name>/<case>/rep<k>/case.json       CaseInfo
     DIR/experiments/<experiment>/<name>/<case>/rep<k>/requests.jsonl  bench.record.ClientRecord
     DIR/report.html, DIR/summary.json, DIR/trace.json                 made by `pdrelay report DIR`
@@ -36,6 +37,7 @@ from pdrelay.bench.slo import Slo
 from pdrelay.core.events import RequestRecord
 from pdrelay.core.kv_layout import KVLayout
 from pdrelay.errors import ConfigError
+from pdrelay.telemetry.log import GpuRecord, read_gpu_record
 
 SCHEMA_VERSION = 1
 STREAM_TAG = "stream"
@@ -136,6 +138,7 @@ class TopologyData:
     launch: LaunchInfo
     workers: list[WorkerInfo] = field(default_factory=list)
     by_client_id: dict[str, RequestRecord] = field(default_factory=dict)
+    gpu: list[GpuRecord] = field(default_factory=list)  # one a server start
 
     def layout_of(self, instance: str) -> KVLayout | None:
         return next((w.layout for w in self.workers if w.instance == instance), None)
@@ -167,6 +170,17 @@ def case_path(info: CaseInfo) -> str:
 
 
 # ---- writing
+
+
+def claim_directory(out: Path) -> None:
+    """Make `out`, which must be new or empty. Raises ConfigError."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists and is not empty: choose another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror
+        raise ConfigError(f"cannot create {out}: {reason}; choose another --out") from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -261,6 +275,7 @@ def _read_topology(directory: Path) -> TopologyData:
         for record in read_jsonl(path, RequestRecord):
             if record.client_request_id:
                 data.by_client_id[record.client_request_id] = record
+    data.gpu = [read_gpu_record(path) for path in sorted(directory.glob("gpu*.jsonl"))]
     return data
 
 

@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 from pdrelay.core.events import EventKind
 from pdrelay.lab.report.figures import Lane, Segment, Timeline
+from pdrelay.lab.report.gpu import counters_under
 from pdrelay.lab.report.joined import Joined, joined
 from pdrelay.lab.report.ttft import nominal_length
-from pdrelay.lab.rundir import Run
+from pdrelay.lab.rundir import Run, TopologyData
 
 WANTED_LEN = 2048
 TOKENS_SHOWN = 8
@@ -17,7 +18,11 @@ TOKENS_SHOWN = 8
 def timelines(run: Run) -> list[Timeline]:
     """One request in each topology: the one of median TTFT among the idle probes."""
     chosen = ((name, _typical(run, name)) for name in run.topologies)
-    return [timeline_of(name, request) for name, request in chosen if request is not None]
+    return [
+        timeline_of(name, request, run.topologies[name])
+        for name, request in chosen
+        if request is not None
+    ]
 
 
 def _typical(run: Run, topology: str) -> Joined | None:
@@ -34,8 +39,8 @@ def _typical(run: Run, topology: str) -> Joined | None:
     return alike[(len(alike) - 1) // 2]
 
 
-def timeline_of(topology: str, request: Joined) -> Timeline:
-    """Lanes of one request, in ms after its intended send."""
+def timeline_of(topology: str, request: Joined, data: TopologyData) -> Timeline:
+    """Lanes of one request and its GPUs' samples, in ms after its intended send."""
     zero = request.client.intended_ns
     chunks = request.client.chunk_ns[:TOKENS_SHOWN]
     until = max([*chunks, request.client.first_token_ns or zero])
@@ -52,6 +57,7 @@ def timeline_of(topology: str, request: Joined) -> Timeline:
         ttft=request.client.ttft_ms or 0.0,
         until=ms(until),
         lanes=_Lanes(request, ms).build(until),
+        counters=counters_under(data, zero, until),
     )
 
 

@@ -10,7 +10,7 @@ from pdrelay.core.messages import Role
 from pdrelay.core.rank_config import Verify
 from pdrelay.launch.topology import Replicas, Topology
 
-TransportName = Literal["mapped", "tcp", "pool"]
+TransportName = Literal["mapped", "nccl", "tcp", "pool"]
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,11 @@ class EngineConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: int = 0
     max_model_len: int | None = None
-    block_size: int = 16
+    block_size: int | None = None
     kv_cache_memory: int | None = None  # bytes a rank
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 2048
+    gpu_memory_utilization: float = 0.9  # of each GPU, all ranks on it together
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
     enable_prefix_caching: bool = True
     threads_per_rank: int | None = None
 

@@ -14,7 +14,7 @@ class Host:
     num_cores: int  # this process may use
     memory_bytes: int  # total, or the control group's limit
     available_bytes: int  # without swapping
-    num_gpus: int
+    num_gpus: int  # this process may use
     max_open_files: int
     compiler: str | None  # path of a C compiler
 
@@ -47,6 +47,20 @@ def _memory() -> tuple[int, int]:
 
 
 def _num_gpus() -> int:
-    """NVIDIA GPUs that the driver lists."""
-    devices = Path("/proc/driver/nvidia/gpus")
-    return len(list(devices.iterdir())) if devices.is_dir() else 0
+    """NVIDIA GPUs with a device file (containers get their share of them), or that the driver
+    lists; of these, those that CUDA_VISIBLE_DEVICES leaves."""
+    files = [path for path in Path("/dev").glob("nvidia*") if path.name[6:].isdecimal()]
+    driver = Path("/proc/driver/nvidia/gpus")
+    present = len(files) or (len(list(driver.iterdir())) if driver.is_dir() else 0)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return present if visible is None else min(present, _num_visible(visible))
+
+
+def _num_visible(devices: str) -> int:
+    """How many a CUDA_VISIBLE_DEVICES value names: CUDA stops at the first it does not know."""
+    count = 0
+    for device in devices.split(","):
+        if not device.strip() or device.strip().startswith("-"):
+            break
+        count += 1
+    return count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import signal
 import socket
 import time
@@ -10,11 +11,13 @@ from collections.abc import Callable
 from typing import Protocol
 
 from pdrelay.core.messages import Ready
+from pdrelay.doctor import diagnose
 from pdrelay.errors import LaunchError
 from pdrelay.launch.driver import Control, Driver, ProcessSpec
 from pdrelay.launch.process import EngineProcess
 from pdrelay.launch.topology import InstanceSpec
 
+_EXCEPTION = re.compile(r"\w*(?:Error|Exception): ")
 _CLOSE_GRACE_S = 1.0  # between a control socket's end and the exit of its rank, either way round
 
 
@@ -132,6 +135,11 @@ class Instance:
         self.send_signal(signal.SIGKILL)
 
     @property
+    def explained(self) -> bool:
+        """Whether the rank itself gave cause and fix, and not only an exception's name."""
+        return bool(self._fatal) and _EXCEPTION.match(self._fatal) is None
+
+    @property
     def _all_exited(self) -> bool:
         return all(rank.returncode is not None for rank in self.ranks)
 
@@ -177,5 +185,8 @@ class Instance:
 
 
 def launch_error(instance: Instance) -> LaunchError:
-    """Why `instance`, which has ended, never became ready."""
-    return LaunchError(f"worker {instance.instance} did not start: {instance.reason}")
+    """Why `instance`, which has ended, never became ready, and the fix where its log shows one."""
+    said = [line for rank in instance.ranks for line in rank.log.tail]
+    findings = diagnose("\n".join([*said, instance.reason]))
+    known = f"; {findings[0]}" if findings and not instance.explained else ""
+    return LaunchError(f"worker {instance.instance} did not start: {instance.reason}{known}")

@@ -15,7 +15,7 @@ from pdrelay.launch.config import ServeConfig
 from pdrelay.launch.driver import Launch, ProcessSpec, last_line
 from pdrelay.launch.resolve import ResolvedConfig
 from pdrelay.launch.run_dir import RunDir
-from pdrelay.launch.topology import InstanceSpec
+from pdrelay.launch.topology import InstanceSpec, gpu_of
 
 WORKER_COMMAND = (sys.executable, "-m", "pdrelay.engine.worker")
 _THREAD_VARIABLES = (
@@ -66,15 +66,16 @@ class RankPlan:
             peer_address=self.run_dir.peer_address(spec, incarnation) if listens else "",
             model=engine.model,
             load_format=resolved.load_format,
-            device=resolved.device,
+            device=self._device(spec, rank),
             dtype=resolved.dtype,
             seed=engine.seed,
             max_model_len=resolved.max_model_len,
             block_size=resolved.layout.block_size,
             num_blocks=resolved.layout.num_blocks,
-            max_num_seqs=engine.max_num_seqs,
-            max_num_batched_tokens=engine.max_num_batched_tokens,
+            max_num_seqs=resolved.max_num_seqs,
+            max_num_batched_tokens=resolved.max_num_batched_tokens,
             enable_prefix_caching=engine.enable_prefix_caching,
+            gpu_memory_utilization=resolved.gpu_memory_utilization,
             transport=resolved.transport,
             kv_transfer_timeout_s=self.config.transport.kv_transfer_timeout_s,
             verify=self.config.transport.verify,
@@ -83,6 +84,12 @@ class RankPlan:
             pool_fd=self.pool_fd,
             log_level=self.config.log_level,
         )
+
+    def _device(self, spec: InstanceSpec, rank: int) -> str:
+        """Every rank sees every GPU that the server sees: a producer maps its consumer's pages."""
+        if self.resolved.num_gpus == 0:
+            return self.resolved.device
+        return f"{self.resolved.device}:{gpu_of(spec, rank, self.resolved.num_gpus)}"
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 from pdrelay.errors import ConfigError
 from pdrelay.launch.config import ServeConfig
 from pdrelay.launch.host import Host
-from pdrelay.launch.resolve import ResolvedConfig
-from pdrelay.launch.topology import num_ranks
+from pdrelay.launch.resolve import ResolvedConfig, resolve_device
+from pdrelay.launch.topology import num_ranks, tensor_parallel_size
 from pdrelay.launch.units import format_bytes
 
 _RANK_BASE_BYTES = 300 << 20  # interpreter and torch, resident, on CPU
@@ -19,14 +19,15 @@ _MIN_OPEN_FILES = 256
 def check_topology(config: ServeConfig, host: Host) -> None:
     """Enough cores (GPUs) for the ranks. Raises ConfigError with both numbers."""
     ranks = num_ranks(config.topology)
-    on_gpu = config.engine.device == "cuda"
+    on_gpu = resolve_device(config, host) == "cuda"
     units, what = (host.num_gpus, "GPU") if on_gpu else (host.num_cores, "CPU core")
-    if ranks <= units or (config.allow_oversubscribe and not on_gpu):
+    if on_gpu and tensor_parallel_size(config.topology) > 1:
+        raise ConfigError("--tp on GPUs is not in this version: use --replicas, or --device cpu")
+    if ranks <= units or config.allow_oversubscribe:
         return
-    fix = "" if on_gpu else ", or pass --allow-oversubscribe (its latencies mean little)"
     raise ConfigError(
         f"{config.topology} needs {ranks} {what}s, one a rank, and this machine offers {units}: "
-        f"ask for fewer{fix}"
+        "ask for fewer, or pass --allow-oversubscribe (its latencies mean little)"
     )
 
 
@@ -71,12 +72,14 @@ def check_files(config: ServeConfig, host: Host) -> None:
 def describe(config: ServeConfig, resolved: ResolvedConfig, host: Host) -> list[str]:
     """What will run, as lines to print."""
     layout = resolved.layout
+    pool = f"{layout.num_blocks} blocks" if layout.num_blocks else "blocks"
+    size = f", {format_bytes(layout.total_bytes)}" if layout.num_blocks else ""
     lines = [
         f"topology: {config.topology}",
         f"model: {config.engine.model} as {resolved.served_model_name!r}, {resolved.dtype} on "
         f"{resolved.device}, weights {resolved.load_format}",
-        f"KV cache a rank: {layout.num_blocks} blocks of {layout.block_size} tokens, "
-        f"{format_bytes(layout.total_bytes)}; context {resolved.max_model_len} tokens",
+        f"KV cache a rank: {pool} of {layout.block_size} tokens{size}; context "
+        f"{resolved.max_model_len} tokens",
     ]
     if resolved.transport:
         lines.append(f"transport: {resolved.transport}")

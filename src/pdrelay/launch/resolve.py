@@ -19,14 +19,38 @@ _LARGE_KV_SHARE = 0.25  # of the machine's memory, all ranks, where one request 
 
 
 @dataclass(frozen=True)
+class _Defaults:
+    """What "auto" means on a device.
+
+    Blocks of 64 tokens on CUDA: a layer of one block of Llama-3.1-8B is 2 x 64 x 8 x 128 x 2 B =
+    256 KiB in one piece, which a peer copy moves at over 80 % of its peak, and 64 keys are one
+    tile of the decode kernel. On CPU 16 share more prefixes, and copies are cheap.
+    """
+
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+
+_DEFAULTS = {"cpu": _Defaults(16, 64, 2048), "cuda": _Defaults(64, 256, 8192)}
+
+
+@dataclass(frozen=True)
 class ResolvedConfig:
-    """No "auto" left. Sizes are per rank."""
+    """No "auto" left. Sizes are per rank.
+
+    `layout.num_blocks` is 0 where each rank finds out after loading how many its GPU holds.
+    """
 
     load_format: str  # "safetensors" or "dummy"
     device: str
     dtype: str
     max_model_len: int
     layout: KVLayout
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    num_gpus: int  # 0 on CPU
+    gpu_memory_utilization: float  # a rank's share of its GPU
     num_threads: int
     transport: str  # "" for co-located topologies
     served_model_name: str
@@ -38,26 +62,54 @@ def resolve(config: ServeConfig, model: ModelConfig, host: Host) -> ResolvedConf
     """Fill in every "auto". Raises ConfigError (or ModelError) for what cannot run here."""
     engine = config.engine
     notes: list[str] = []
-    device = _device(config, host, notes)
+    device = resolve_device(config, host)
+    if engine.device == "auto":
+        notes.append(f"device: {device} (auto; {host.num_gpus} GPUs)")
+    if device == "cpu" and config.transport.name == "nccl":
+        raise ConfigError("--transport nccl moves KV between GPUs: on CPU, use mapped or tcp")
     dtype = _dtype(config, device, model, notes)
     tp_size = tensor_parallel_size(config.topology)
-    block = kv_layout(model, engine.block_size, 1, dtype, tp_size)
+    defaults = _DEFAULTS[device]
+    block_size = engine.block_size or defaults.block_size
+    block = kv_layout(model, block_size, 1, dtype, tp_size)
     wanted_len = min(engine.max_model_len or model.max_position_embeddings, 1 << 40)
     if wanted_len > model.max_position_embeddings:
         raise ConfigError(
             f"--max-model-len {wanted_len} exceeds the model's context of "
             f"{model.max_position_embeddings} tokens: lower it"
         )
-    memory = _kv_cache_memory(config, block, wanted_len, host, notes)
-    num_blocks = memory // block.block_bytes
-    max_model_len = _max_model_len(config, block, num_blocks, wanted_len, notes)
-    _check_batch(config)
+    num_blocks, max_model_len = 0, wanted_len
+    if device == "cpu" or engine.kv_cache_memory is not None:
+        memory = _kv_cache_memory(config, block, wanted_len, host, notes)
+        num_blocks = memory // block.block_bytes
+        max_model_len = _max_model_len(config, block, num_blocks, wanted_len, notes)
+    elif isinstance(config.topology, PrefillDecode) and config.transport.name == "pool":
+        raise ConfigError(
+            "--transport pool on GPUs needs --kv-cache-memory: the shared pool gets as many blocks "
+            "as a GPU's"
+        )
+    else:
+        notes.append(
+            f"KV cache: what {engine.gpu_memory_utilization:g} of each GPU's memory leaves beside "
+            "weights and activations (auto; measured by each rank)"
+        )
+    max_num_seqs = engine.max_num_seqs or defaults.max_num_seqs
+    max_num_batched_tokens = engine.max_num_batched_tokens or max(
+        defaults.max_num_batched_tokens, max_num_seqs
+    )
+    _check_batch(max_num_seqs, max_num_batched_tokens)
+    num_gpus = host.num_gpus if device == "cuda" else 0
+    ranks_a_gpu = -(-num_ranks(config.topology) // num_gpus) if num_gpus else 1
     return ResolvedConfig(
         load_format=_load_format(config, notes),
         device=device,
         dtype=dtype,
         max_model_len=max_model_len,
-        layout=kv_layout(model, engine.block_size, num_blocks, dtype, tp_size),
+        layout=kv_layout(model, block_size, num_blocks, dtype, tp_size),
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        num_gpus=num_gpus,
+        gpu_memory_utilization=engine.gpu_memory_utilization / ranks_a_gpu,
         num_threads=_num_threads(config, host, notes),
         transport=config.transport.name if isinstance(config.topology, PrefillDecode) else "",
         served_model_name=config.served_model_name or default_model_name(engine.model),
@@ -79,18 +131,23 @@ def num_parameters(model: ModelConfig) -> int:
     return model.num_layers * (attention + mlp) + embeddings
 
 
-def _device(config: ServeConfig, host: Host, notes: list[str]) -> str:
+def resolve_device(config: ServeConfig, host: Host) -> str:
+    """ "cpu" or "cuda". Raises ConfigError for a GPU that is not there."""
     asked = config.engine.device
     if asked == "cuda" and host.num_gpus == 0:
-        raise ConfigError("--device cuda, but the driver lists no NVIDIA GPU: use --device cpu")
+        raise ConfigError(
+            "--device cuda, but the driver lists no NVIDIA GPU (or CUDA_VISIBLE_DEVICES hides "
+            "them): use --device cpu"
+        )
     if asked == "auto":
-        notes.append("device: cpu (auto; the native engine runs on CPU unless told otherwise)")
-        return "cpu"
+        return "cuda" if host.num_gpus else "cpu"
     return asked
 
 
 def _dtype(config: ServeConfig, device: str, model: ModelConfig, notes: list[str]) -> str:
     asked = config.engine.dtype
+    if device == "cuda" and asked == "float32":
+        raise ConfigError("--dtype float32 runs on CPU only: use --dtype bfloat16, or --device cpu")
     if asked != "auto":
         return asked
     if device == "cpu":
@@ -158,12 +215,11 @@ def _max_model_len(
     return capacity
 
 
-def _check_batch(config: ServeConfig) -> None:
-    engine = config.engine
-    if engine.max_num_batched_tokens < engine.max_num_seqs:
+def _check_batch(max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    if max_num_batched_tokens < max_num_seqs:
         raise ConfigError(
-            f"--max-num-batched-tokens {engine.max_num_batched_tokens} is less than "
-            f"--max-num-seqs {engine.max_num_seqs}: a step decodes one token of every sequence"
+            f"--max-num-batched-tokens {max_num_batched_tokens} is less than --max-num-seqs "
+            f"{max_num_seqs}: a step decodes one token of every sequence"
         )
 
 

@@ -6,7 +6,12 @@ from pdrelay.core.kv_layout import KVLayout
 from pdrelay.errors import ConfigError
 from pdrelay.launch.config import ServeConfig
 from pdrelay.launch.host import Host
-from pdrelay.launch.resolve import ResolvedConfig, default_model_name, num_parameters
+from pdrelay.launch.resolve import (
+    ResolvedConfig,
+    default_model_name,
+    num_parameters,
+    resolve_device,
+)
 from pdrelay.launch.topology import PrefillDecode, num_ranks, tensor_parallel_size
 from pdrelay.model.config import ModelConfig, is_built_in
 
@@ -19,7 +24,9 @@ def resolve_external(config: ServeConfig, model: ModelConfig, host: Host) -> Res
     """Fill in every "auto". Raises ConfigError for what cannot run here."""
     engine = config.engine
     notes: list[str] = []
-    device = _device(config, host, notes)
+    device = resolve_device(config, host)
+    if engine.device == "auto":
+        notes.append(f"device: {device} (auto; the driver lists {host.num_gpus} NVIDIA GPUs)")
     max_model_len = _max_model_len(config, model, notes)
     tp_size = tensor_parallel_size(config.topology)
     dtype = _dtype(config, device, model, notes)
@@ -40,23 +47,16 @@ def resolve_external(config: ServeConfig, model: ModelConfig, host: Host) -> Res
         dtype=dtype,
         max_model_len=max_model_len,
         layout=layout,
+        max_num_seqs=engine.max_num_seqs or 0,  # 0: the engine's own default
+        max_num_batched_tokens=engine.max_num_batched_tokens or 0,
+        num_gpus=host.num_gpus if device == "cuda" else 0,
+        gpu_memory_utilization=engine.gpu_memory_utilization,
         num_threads=_num_threads(config, host),
         transport=_connector(config, notes),
         served_model_name=config.served_model_name or default_model_name(engine.model),
         weights_bytes=num_parameters(model) * (4 if dtype == "float32" else 2) // tp_size,
         notes=tuple(notes),
     )
-
-
-def _device(config: ServeConfig, host: Host, notes: list[str]) -> str:
-    asked = config.engine.device
-    if asked == "cuda" and host.num_gpus == 0:
-        raise ConfigError("--device cuda, but the driver lists no NVIDIA GPU: use --device cpu")
-    if asked != "auto":
-        return asked
-    device = "cuda" if host.num_gpus else "cpu"
-    notes.append(f"device: {device} (auto; the driver lists {host.num_gpus} NVIDIA GPUs)")
-    return device
 
 
 def _dtype(config: ServeConfig, device: str, model: ModelConfig, notes: list[str]) -> str:

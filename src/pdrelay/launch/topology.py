@@ -97,6 +97,11 @@ def instances(topology: Topology) -> list[InstanceSpec]:
             return producers + consumers
 
 
+def gpu_of(spec: InstanceSpec, rank: int, num_gpus: int) -> int:
+    """GPUs in topology order, over again where there are more ranks (--allow-oversubscribe)."""
+    return (spec.index * spec.world_size + rank) % num_gpus
+
+
 def num_ranks(topology: Topology) -> int:
     return sum(spec.world_size for spec in instances(topology))
 

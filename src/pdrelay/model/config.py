@@ -47,6 +47,13 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     bos_token_id: int | None = None
 
 
+_LLAMA_31_ROPE = Llama3RopeScaling(
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=8192,
+)
+
 BUILT_IN: Mapping[str, ModelConfig] = {
     "tiny": ModelConfig(
         architecture="llama",
@@ -74,12 +81,24 @@ BUILT_IN: Mapping[str, ModelConfig] = {
         vocab_size=128_256,
         max_position_embeddings=131_072,
         rope_theta=500_000.0,
-        rope_scaling=Llama3RopeScaling(
-            factor=8.0,
-            low_freq_factor=1.0,
-            high_freq_factor=4.0,
-            original_max_position_embeddings=8192,
-        ),
+        rope_scaling=_LLAMA_31_ROPE,
+        dtype="bfloat16",
+        eos_token_ids=(128_001,),
+        bos_token_id=128_000,
+    ),
+    # config.json of meta-llama/Llama-3.1-70B
+    "llama-3.1-70b": ModelConfig(
+        architecture="llama",
+        hidden_size=8192,
+        intermediate_size=28_672,
+        num_layers=80,
+        num_heads=64,
+        num_kv_heads=8,
+        head_dim=128,
+        vocab_size=128_256,
+        max_position_embeddings=131_072,
+        rope_theta=500_000.0,
+        rope_scaling=_LLAMA_31_ROPE,
         dtype="bfloat16",
         eos_token_ids=(128_001,),
         bos_token_id=128_000,

@@ -122,6 +122,10 @@ class Metrics:
         )
         self._registry.register(_EngineCollector(model_name, cluster))
 
+    def add(self, collector: Collector) -> None:
+        """Show what `collector` has, too."""
+        self._registry.register(collector)
+
     def of(self, instance: str) -> InstanceMetrics:
         return self._instances[instance]
 

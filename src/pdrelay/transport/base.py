@@ -18,12 +18,13 @@ Rules every transport keeps (tests/transport/conformance):
   it expects, or the transfer fails. `Arrived` follows when exactly those are in its pages, bit for
   bit what the producer's pages held. It comes over the engine's control link, so it may overtake
   data.
-- `abort` is idempotent on both sides, and after the producer's `abort` returned, it stores nothing
-  more into the consumer's pages. The consumer's late data for an aborted transfer is discarded:
+- `abort` is idempotent on both sides, and after the producer's `abort` returned True, it stores
+  nothing more into the consumer's pages; after False, once `Stopped` was polled (stores of a device
+  are asynchronous). The consumer's late data for an aborted transfer is discarded:
   after the consumer's `abort` returned, no thread of its own writes the blocks.
 - Each transfer ends in one `Sent` and one `Arrived`, or in `TransferFailed`; after `abort` no news
-  of it is made (what was made before may still be polled). Unknown ids are ignored by `commit` and
-  `abort`, refused with TransportError by `send` and `finish`.
+  of it is made but `Stopped` (what was made before may still be polled). Unknown ids are ignored
+  by `commit` and `abort`, refused with TransportError by `send` and `finish`.
 - Nothing blocks longer than a copy: a stalled peer shows as `TransferFailed` after the deadline
   (of the producer: no progress; of the consumer: from `commit` on, as prefill may take its time).
 - The fds of `descriptor()` stay the transport's; `connect` owns those it is given, in every case.
@@ -34,9 +35,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from pdrelay.core.kv_layout import KVLayout
+from pdrelay.errors import TransportError
+from pdrelay.transport.device import Device
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Capabilities:
     needs_slots: bool  # `send` needs the consumer's block ids
     cross_host: bool
     prefix_store: bool  # keeps pages by key for any instance to load
+    remote_stores: bool = False  # a producer's device stores into the consumer's pages
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,21 @@ class TransferFailed:
 
 
 @dataclass(frozen=True)
+class Stopped:
+    """Producer side, after an `abort` that returned False: nothing is stored any more."""
+
+    transfer_id: str
+
+
+@dataclass(frozen=True)
+class RemotePool:
+    """A consumer's pages that this rank's kernels can store into."""
+
+    layout: KVLayout
+    tensor: Any  # torch, shaped `layout.shape` (a fake device has its own kind)
+
+
+@dataclass(frozen=True)
 class Descriptor:
     """What a producer needs to reach a consumer: msgpack bytes and open file descriptors."""
 
@@ -94,6 +113,8 @@ class Descriptor:
 
 class ProducerLink(Protocol):
     """A producer's end towards one consumer incarnation."""
+
+    remote_pool: RemotePool | None  # None where kernels cannot reach the consumer's pages
 
     def begin(self, transfer_id: str, keys: Sequence[bytes]) -> None:
         """Open a transfer. `keys[i]` names block i of the request (content hash, or unique)."""
@@ -112,14 +133,34 @@ class ProducerLink(Protocol):
         the link is broken.
         """
 
+    def stored(self, transfer_id: str, num_pages: int, num_pieces: int, start_ns: int) -> None:
+        """Through `remote_pool`, a step that is complete stored (layer, block) pages of the
+        transfer, beginning at `start_ns`. They count as if sent."""
+
     def finish(self, transfer_id: str) -> None:
         """No further `send` follows."""
 
-    def poll(self) -> list[Sent | TransferFailed]: ...
+    def poll(self) -> Sequence[Sent | Stopped | TransferFailed]: ...
 
-    def abort(self, transfer_id: str) -> None: ...
+    def abort(self, transfer_id: str) -> bool:
+        """Returns whether all stores are over; if not, `Stopped` follows."""
 
     def close(self) -> None: ...
+
+    def quiet(self) -> bool:
+        """After `close`: whether nothing is stored any more."""
+
+
+class HostLink:
+    """What links have in common whose pages only the host stores."""
+
+    remote_pool: RemotePool | None = None
+
+    def stored(self, transfer_id: str, num_pages: int, num_pieces: int, start_ns: int) -> None:
+        raise TransportError("kernels cannot store through this link")
+
+    def quiet(self) -> bool:
+        return True
 
 
 class PrefixStore(Protocol):
@@ -137,6 +178,7 @@ class Transport(Protocol):
 
     capabilities: Capabilities
     prefix_store: PrefixStore | None
+    device: Device | None  # whose pages it moves; None for pages of the host
 
     def descriptor(self) -> Descriptor: ...
 

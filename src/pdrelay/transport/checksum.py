@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pdrelay.core.kv_layout import contiguous_runs
+from pdrelay.transport.device import DevicePages
 from pdrelay.transport.pages import SharedPages
 
 Mode = Literal["off", "sample", "full"]
@@ -28,7 +29,7 @@ _MIX = np.uint64(0xBF58476D1CE4E5B9)
 _SHIFT_1, _SHIFT_2 = np.uint64(32), np.uint64(29)
 
 
-def checksum(pages: SharedPages, blocks: Sequence[int], mode: Mode) -> int:
+def checksum(pages: SharedPages | DevicePages, blocks: Sequence[int], mode: Mode) -> int:
     """A 64-bit number that depends on the bytes of every layer of `blocks`, in this order.
 
     Block ids do not enter, only positions: producer and consumer get the same number for the same
@@ -37,9 +38,21 @@ def checksum(pages: SharedPages, blocks: Sequence[int], mode: Mode) -> int:
     """
     if mode == "off" or not blocks:
         return 0
-    words = _words(pages)
-    values = _sampled(words, blocks) if mode == "sample" else _summed(words, blocks)
+    if isinstance(pages, SharedPages):
+        values = sampled(pages, blocks) if mode == "sample" else summed(pages, blocks)
+    else:
+        values = pages.sampled(blocks) if mode == "sample" else pages.summed(blocks)
     return _fold(values)
+
+
+def sampled(pages: SharedPages, blocks: Sequence[int]) -> U64:
+    """The words that mode `sample` reads: `[num_layers, 4, len(blocks)]`, flat."""
+    return _sampled(_words(pages), blocks)
+
+
+def summed(pages: SharedPages, blocks: Sequence[int]) -> U64:
+    """A value a (layer, block), which depends on every word of it: `[num_layers, blocks]`, flat."""
+    return _summed(_words(pages), blocks)
 
 
 def _words(pages: SharedPages) -> npt.NDArray[np.unsignedinteger]:
@@ -70,6 +83,11 @@ def _summed(words: npt.NDArray[np.unsignedinteger], blocks: Sequence[int]) -> U6
             np.matmul(run, weights, out=values[layer, done : done + n])
             done += n
     return values.ravel()
+
+
+def page_weights(width: int) -> U64:
+    """The factors of a page's `width` words in mode `full`."""
+    return _weights(width)
 
 
 @lru_cache(maxsize=8)

@@ -25,6 +25,7 @@ from pdrelay.transport.base import (
     Arrived,
     Capabilities,
     Descriptor,
+    HostLink,
     PrefixStore,
     ProducerLink,
     Sent,
@@ -40,8 +41,10 @@ from pdrelay.transport.copying import (
     copy_layer,
     decode_descriptor,
 )
+from pdrelay.transport.device import Device
 from pdrelay.transport.meter import Meter
 from pdrelay.transport.news import Bell, NewsQueue
+from pdrelay.transport.open_transfers import OpenTransfer, OpenTransfers
 from pdrelay.transport.options import TransportOptions
 from pdrelay.transport.pages import SharedPages
 
@@ -140,6 +143,7 @@ class FakeTransport:
         prefix_store=False,
     )
     prefix_store: PrefixStore | None = None
+    device: Device | None = None
 
     def __init__(
         self,
@@ -254,42 +258,28 @@ class FakeTransport:
 
 
 @dataclass
-class _Outgoing:
-    transfer_id: str
+class _Outgoing(OpenTransfer):
     num_sends: int = 0
     num_held: int = 0
     stalled: bool = False
     failed: bool = False
-    finished: bool = False
     deadline_ns: int = 0
-    meter: Meter = field(default_factory=Meter)
 
 
-class FakeLink:
+class FakeLink(HostLink):
     def __init__(self, local: FakeTransport, remote: FakeTransport) -> None:
         self._local = local
         self._remote = remote
         self._news: NewsQueue[Sent | TransferFailed] = NewsQueue(local.bell)
-        self._open: dict[str, _Outgoing] = {}
-        self._broken = ""
+        self._open: OpenTransfers[_Outgoing] = OpenTransfers()
 
     def begin(self, transfer_id: str, keys: Sequence[bytes]) -> None:
-        self._check_alive()
-        if transfer_id in self._open:
-            raise TransportError(f"transfer {transfer_id} is open already")
-        self._open[transfer_id] = _Outgoing(transfer_id)
+        self._check_remote()
+        self._open.begin(_Outgoing(transfer_id))
 
-    def _check_alive(self) -> None:
+    def _check_remote(self) -> None:
         if self._remote.closed:
-            self._broken = self._broken or f"{self._remote.instance} is gone"
-        if self._broken:
-            raise TransportError(self._broken)
-
-    def _outgoing(self, transfer_id: str) -> _Outgoing:
-        outgoing = self._open.get(transfer_id)
-        if outgoing is None or outgoing.finished:
-            raise TransportError(f"transfer {transfer_id} is not open")
-        return outgoing
+            raise TransportError(f"{self._remote.instance} is gone")
 
     def send(
         self,
@@ -300,8 +290,9 @@ class FakeLink:
         dst_blocks: Sequence[int],
     ) -> None:
         with self._local.fabric.lock:
-            self._check_alive()
-            outgoing = self._outgoing(transfer_id)
+            self._open.check_alive()
+            self._check_remote()
+            outgoing = self._open.sending(transfer_id)
             check_layer(layer, self._local.pages.layout)
             check_slots(src_blocks, dst_blocks)
             check_blocks(src_blocks, self._local.pages.layout, "local")
@@ -312,8 +303,8 @@ class FakeLink:
             outgoing.num_sends += 1
             match fault:
                 case Fault.BREAK:
-                    self._broken = "the link broke (injected)"
-                    raise TransportError(self._broken)
+                    self._open.break_off("the link broke (injected)")
+                    self._open.check_alive()
                 case Fault.FAIL:
                     outgoing.failed = True
                     self._news.put(TransferFailed(transfer_id, "injected failure"))
@@ -345,7 +336,7 @@ class FakeLink:
     def _deliver_held(
         self, outgoing: _Outgoing, piece: tuple[int, list[int], list[int], bool]
     ) -> None:
-        if self._open.get(outgoing.transfer_id) is not outgoing:
+        if not self._open.is_open(outgoing):
             return
         self._deliver(outgoing, piece)
         outgoing.num_held -= 1
@@ -355,37 +346,35 @@ class FakeLink:
 
     def finish(self, transfer_id: str) -> None:
         with self._local.fabric.lock:
-            outgoing = self._outgoing(transfer_id)
-            outgoing.finished = True
-            self._complete(outgoing)
+            self._complete(self._open.finish(transfer_id))
 
     def _complete(self, outgoing: _Outgoing) -> None:
         if outgoing.failed:
-            del self._open[outgoing.transfer_id]
+            self._open.pop(outgoing.transfer_id)
         elif outgoing.finished and not outgoing.stalled:
-            del self._open[outgoing.transfer_id]
+            self._open.pop(outgoing.transfer_id)
             self._news.put(Sent(outgoing.meter.report(outgoing.transfer_id, NAME)))
 
     def poll(self) -> list[Sent | TransferFailed]:
         with self._local.fabric.lock:
             now = self._local.clock()
-            for outgoing in list(self._open.values()):
+            for outgoing in self._open.all():
                 late = outgoing.stalled and now >= outgoing.deadline_ns
                 if (late or self._remote.closed) and not outgoing.failed:
                     reason = "took no data in time" if late else "is gone"
-                    del self._open[outgoing.transfer_id]
+                    self._open.pop(outgoing.transfer_id)
                     message = f"{self._remote.instance} {reason}"
                     self._news.put(TransferFailed(outgoing.transfer_id, message))
         return self._news.take()
 
-    def abort(self, transfer_id: str) -> None:
+    def abort(self, transfer_id: str) -> bool:
         with self._local.fabric.lock:
-            self._open.pop(transfer_id, None)
+            self._open.pop(transfer_id)
+        return True
 
     def close(self) -> None:
         with self._local.fabric.lock:
-            self._open.clear()
-            self._broken = self._broken or "the link is closed"
+            self._open.break_off("the link is closed")
             self._news.take()
 
 

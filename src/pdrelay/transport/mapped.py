@@ -19,6 +19,7 @@ from pdrelay.transport.base import (
     Arrived,
     Capabilities,
     Descriptor,
+    HostLink,
     PrefixStore,
     ProducerLink,
     Sent,
@@ -34,8 +35,11 @@ from pdrelay.transport.copying import (
     copy_layer,
     decode_descriptor,
 )
+from pdrelay.transport.device import Device, DevicePages
+from pdrelay.transport.device_mapped import DeviceMappedTransport
 from pdrelay.transport.meter import Meter
 from pdrelay.transport.news import Bell, NewsQueue
+from pdrelay.transport.open_transfers import OpenTransfer, OpenTransfers
 from pdrelay.transport.options import TransportOptions
 from pdrelay.transport.pages import SharedPages
 
@@ -59,6 +63,7 @@ class MappedTransport:
         prefix_store=False,
     )
     prefix_store: PrefixStore | None = None
+    device: Device | None = None
 
     def __init__(self, pages: SharedPages, instance: str, *, clock: Clock = monotonic_ns) -> None:
         self._pages = pages
@@ -125,7 +130,7 @@ class MappedTransport:
         self._bell.close()
 
 
-class MappedLink:
+class MappedLink(HostLink):
     """Stores from the engine's own thread: when `abort` returns, no store is under way."""
 
     def __init__(self, local: SharedPages, remote: SharedPages, bell: Bell, clock: Clock) -> None:
@@ -133,15 +138,10 @@ class MappedLink:
         self._remote = remote
         self._clock = clock
         self._news: NewsQueue[Sent | TransferFailed] = NewsQueue(bell)
-        self._open: dict[str, Meter] = {}
-        self._closed = False
+        self._open: OpenTransfers[OpenTransfer] = OpenTransfers()
 
     def begin(self, transfer_id: str, keys: Sequence[bytes]) -> None:
-        if self._closed:
-            raise TransportError("the link is closed")
-        if transfer_id in self._open:
-            raise TransportError(f"transfer {transfer_id} is open already")
-        self._open[transfer_id] = Meter()
+        self._open.begin(OpenTransfer(transfer_id))
 
     def send(
         self,
@@ -151,7 +151,7 @@ class MappedLink:
         src_blocks: Sequence[int],
         dst_blocks: Sequence[int],
     ) -> None:
-        meter = self._meter(transfer_id)
+        meter = self._open.sending(transfer_id).meter
         check_layer(layer, self._local.layout)
         check_slots(src_blocks, dst_blocks)
         check_blocks(src_blocks, self._local.layout, "local")
@@ -162,30 +162,28 @@ class MappedLink:
         meter.add(start, self._clock(), num_bytes, pieces)
 
     def finish(self, transfer_id: str) -> None:
-        meter = self._meter(transfer_id)
-        del self._open[transfer_id]
-        self._news.put(Sent(meter.report(transfer_id, NAME)))
-
-    def _meter(self, transfer_id: str) -> Meter:
-        meter = self._open.get(transfer_id)
-        if meter is None:
-            raise TransportError(f"transfer {transfer_id} is not open")
-        return meter
+        transfer = self._open.finish(transfer_id)
+        self._open.pop(transfer_id)
+        self._news.put(Sent(transfer.meter.report(transfer_id, NAME)))
 
     def poll(self) -> list[Sent | TransferFailed]:
         return self._news.take()
 
-    def abort(self, transfer_id: str) -> None:
-        self._open.pop(transfer_id, None)
+    def abort(self, transfer_id: str) -> bool:
+        self._open.pop(transfer_id)
+        return True
 
     def close(self) -> None:
-        if self._closed:
+        if self._open.broken:
             return
-        self._closed = True
-        self._open.clear()
+        self._open.break_off("the link is closed")
         self._news.take()
         self._remote.close()
 
 
-def create(pages: SharedPages, instance: str, options: TransportOptions) -> MappedTransport:
-    return MappedTransport(pages, instance)
+def create(
+    pages: SharedPages | DevicePages, instance: str, options: TransportOptions
+) -> MappedTransport | DeviceMappedTransport:
+    if isinstance(pages, SharedPages):
+        return MappedTransport(pages, instance)
+    return DeviceMappedTransport(pages, instance)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pdrelay.transport.fake import FakeFabric
+    from pdrelay.transport.nccl_library import NcclLibrary
 
 
 @dataclass(frozen=True)
@@ -18,4 +19,5 @@ class TransportOptions:
     pool: bytes = b""  # pool: PoolHandle.description
     pool_fd: int = -1  # pool: PoolHandle.fd, inherited from the launcher
     instance_index: int = 0  # pool: unique among live instances, stable over restarts
+    nccl: NcclLibrary | None = None  # nccl: instead of the installed one
     fabric: FakeFabric | None = None  # fake: what connects the instances of one test

@@ -4,6 +4,7 @@ The pool is also a prefix cache for all instances of one host: a block that is r
 is not written again (where its bytes are the same), and any instance can load it.
 
 Producers need no slots of the consumer, so nothing of theirs ever waits for a reservation.
+Pages of a device pass through pinned memory (`pool_staged.py`); consumers take slots directly.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ from pdrelay.transport.base import (
     Arrived,
     Capabilities,
     Descriptor,
+    HostLink,
     PrefixStore,
     ProducerLink,
     Sent,
     TransferFailed,
 )
 from pdrelay.transport.copying import (
+    Pages,
     check_blocks,
     check_commit,
     check_compatible,
@@ -40,10 +43,13 @@ from pdrelay.transport.copying import (
     decode_descriptor,
     differing,
 )
+from pdrelay.transport.device import Device, DevicePages, page_runs
 from pdrelay.transport.meter import Meter
 from pdrelay.transport.news import Bell, NewsQueue
+from pdrelay.transport.open_transfers import OpenTransfer, OpenTransfers
 from pdrelay.transport.options import TransportOptions
 from pdrelay.transport.pages import SharedPages
+from pdrelay.transport.pool_staged import StagedPoolLink, StagingPages
 from pdrelay.transport.pool_store import (
     KEY_BYTES,
     Lease,
@@ -141,7 +147,7 @@ class PoolTransport:
 
     def __init__(
         self,
-        pages: SharedPages,
+        pages: SharedPages | DevicePages,
         handle: PoolHandle,
         instance_index: int,
         instance: str = "",
@@ -151,6 +157,7 @@ class PoolTransport:
     ) -> None:
         """Raises TransportError when the pool cannot be mapped or holds other pages."""
         self._pages = pages
+        self.device: Device | None = None if isinstance(pages, SharedPages) else pages.device
         self._instance = instance
         self._index = instance_index
         self._clock = clock
@@ -161,6 +168,7 @@ class PoolTransport:
         except TransportError:
             self._store.close()
             raise
+        self._pinned = self._pin()
         self.prefix_store: PrefixStore | None = PoolPrefixStore(pages, self._store, instance_index)
         self._bell = Bell()
         self._news: NewsQueue[Arrived | TransferFailed] = NewsQueue(self._bell)
@@ -168,6 +176,17 @@ class PoolTransport:
         self._jobs: queue.SimpleQueue[_Incoming | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._closed = False
+
+    def _pin(self) -> bool:
+        """Let a device copy to and from the slots directly; slower, but right, without."""
+        if self.device is None:
+            return False
+        slots = self._store.slots
+        try:
+            self.device.pin(slots.ctypes.data, slots.nbytes)
+        except TransportError:
+            return False
+        return True
 
     # ---- producer
 
@@ -178,7 +197,13 @@ class PoolTransport:
         close_fds(descriptor.fds)
         check_compatible(self._pages.layout, layout)
         consumer = decode_descriptor(descriptor, PoolDescriptor)
-        return PoolLink(self._pages, self._store, self._index, consumer, self._bell, self._clock)
+
+        def link(pages: SharedPages | StagingPages, bell: Bell) -> PoolLink:
+            return PoolLink(pages, self._store, self._index, consumer, bell, self._clock)
+
+        if isinstance(self._pages, SharedPages):
+            return link(self._pages, self._bell)
+        return StagedPoolLink(self._pages, link, self._bell, _check_keys)
 
     # ---- consumer
 
@@ -235,6 +260,8 @@ class PoolTransport:
         if self._thread is not None:
             self._jobs.put(None)
             self._thread.join()
+        if self._pinned and self.device is not None:
+            self.device.unpin(self._store.slots.ctypes.data)
         self._store.reclaim(self._index)
         self._store.close()
         self._bell.close()
@@ -261,9 +288,7 @@ class PoolTransport:
                 if incoming.closed:
                     return False
                 start = self._clock()
-                pieces = copy_layer(
-                    self._store.slots, self._pages.array, layer, slots, incoming.blocks
-                )
+                pieces = load_layer(self._store.slots, self._pages, layer, slots, incoming.blocks)
                 num_bytes = len(slots) * layout.layer_block_bytes
                 incoming.meter.add(start, self._clock(), num_bytes, pieces)
         self._store.release(incoming.transfer_id)
@@ -271,24 +296,22 @@ class PoolTransport:
 
 
 @dataclass
-class _Outgoing:
-    transfer_id: str
-    keys: list[bytes]
+class _Outgoing(OpenTransfer):
+    keys: list[bytes] = field(default_factory=list)
     lease: Lease | None = None
     slots: dict[int, int] = field(default_factory=dict)  # request block to slot
     # Request blocks that the pool has already, and the layers (as bits) found to be equal.
     shared: dict[int, int] = field(default_factory=dict)
     own: list[int] = field(default_factory=list)  # slots that we write
     failed: bool = False
-    meter: Meter = field(default_factory=Meter)
 
 
-class PoolLink:
+class PoolLink(HostLink):
     """Writes from the engine's own thread: when `abort` returns, no store is under way."""
 
     def __init__(
         self,
-        pages: SharedPages,
+        pages: SharedPages | StagingPages,
         store: PoolStore,
         index: int,
         consumer: PoolDescriptor,
@@ -301,16 +324,11 @@ class PoolLink:
         self._consumer = consumer
         self._clock = clock
         self._news: NewsQueue[Sent | TransferFailed] = NewsQueue(bell)
-        self._open: dict[str, _Outgoing] = {}
-        self._closed = False
+        self._open: OpenTransfers[_Outgoing] = OpenTransfers()
 
     def begin(self, transfer_id: str, keys: Sequence[bytes]) -> None:
-        if self._closed:
-            raise TransportError("the link is closed")
-        if transfer_id in self._open:
-            raise TransportError(f"transfer {transfer_id} is open already")
         _check_keys(keys)
-        self._open[transfer_id] = _Outgoing(transfer_id, list(keys))
+        self._open.begin(_Outgoing(transfer_id, keys=list(keys)))
 
     def send(
         self,
@@ -322,7 +340,7 @@ class PoolLink:
     ) -> None:
         """`dst_blocks` is ignored. Slots are taken when a block is first sent, and not before:
         a prompt that waits for its prefill holds nothing."""
-        outgoing = self._outgoing(transfer_id)
+        outgoing = self._open.sending(transfer_id)
         check_layer(layer, self._pages.layout)
         check_blocks(src_blocks, self._pages.layout, "local")
         if first_block < 0 or first_block + len(src_blocks) > len(outgoing.keys):
@@ -412,7 +430,7 @@ class PoolLink:
         return len(layers) + 1
 
     def finish(self, transfer_id: str) -> None:
-        outgoing = self._outgoing(transfer_id)
+        outgoing = self._open.finish(transfer_id)
         if not outgoing.failed:
             try:
                 if outgoing.lease is not None:
@@ -420,13 +438,7 @@ class PoolLink:
                 self._news.put(Sent(outgoing.meter.report(transfer_id, NAME)))
             except TransportError as error:
                 self._fail(outgoing, str(error))
-        del self._open[transfer_id]
-
-    def _outgoing(self, transfer_id: str) -> _Outgoing:
-        outgoing = self._open.get(transfer_id)
-        if outgoing is None:
-            raise TransportError(f"transfer {transfer_id} is not open")
-        return outgoing
+        self._open.pop(transfer_id)
 
     def _fail(self, outgoing: _Outgoing, message: str) -> None:
         self._let_go(outgoing)
@@ -442,24 +454,26 @@ class PoolLink:
     def poll(self) -> list[Sent | TransferFailed]:
         return self._news.take()
 
-    def abort(self, transfer_id: str) -> None:
-        outgoing = self._open.pop(transfer_id, None)
+    def abort(self, transfer_id: str) -> bool:
+        outgoing = self._open.pop(transfer_id)
         if outgoing is not None:
             self._let_go(outgoing)
+        return True
 
     def close(self) -> None:
-        if self._closed:
+        if self._open.broken:
             return
-        self._closed = True
-        for transfer_id in list(self._open):
-            self.abort(transfer_id)
+        for outgoing in self._open.break_off("the link is closed"):
+            self._let_go(outgoing)
         self._news.take()
 
 
 class PoolPrefixStore:
     """The pool as a prefix cache of one instance. Trouble with the pool is a miss."""
 
-    def __init__(self, pages: SharedPages, store: PoolStore, instance_index: int) -> None:
+    def __init__(
+        self, pages: SharedPages | DevicePages, store: PoolStore, instance_index: int
+    ) -> None:
         self._pages = pages
         self._store = store
         self._index = instance_index
@@ -484,12 +498,29 @@ class PoolPrefixStore:
             return 0
         try:
             for layer in range(self._pages.layout.num_layers):
-                copy_layer(
-                    self._store.slots, self._pages.array, layer, slots, dst_blocks[: len(slots)]
-                )
+                load_layer(self._store.slots, self._pages, layer, slots, dst_blocks[: len(slots)])
         finally:
             self._store.release(name)
         return len(slots)
+
+
+def load_layer(
+    slots: Pages,
+    pages: SharedPages | DevicePages,
+    layer: int,
+    src_slots: Sequence[int],
+    dst_blocks: Sequence[int],
+) -> int:
+    """Copy one layer from the pool's slots into pages; a device's copy is waited for. Returns the
+    number of copies."""
+    if isinstance(pages, SharedPages):
+        return copy_layer(slots, pages.array, layer, src_slots, dst_blocks)
+    layout = msgspec.structs.replace(pages.layout, num_blocks=slots.shape[1])
+    runs = page_runs(
+        layout, slots.ctypes.data, pages.layout, pages.address, layer, src_slots, dst_blocks
+    )
+    pages.device.copy(runs, None).wait()
+    return len(runs)
 
 
 def _check_keys(keys: Sequence[bytes]) -> None:
@@ -497,7 +528,9 @@ def _check_keys(keys: Sequence[bytes]) -> None:
         raise TransportError(f"keys of the shared pool are {KEY_BYTES} bytes long")
 
 
-def create(pages: SharedPages, instance: str, options: TransportOptions) -> PoolTransport:
+def create(
+    pages: SharedPages | DevicePages, instance: str, options: TransportOptions
+) -> PoolTransport:
     """Raises ConfigError without a pool."""
     if options.pool_fd < 0 or not options.pool:
         raise ConfigError("transport 'pool' needs a shared pool: start it with 'pdrelay serve'")

@@ -8,18 +8,19 @@ from typing import cast
 
 from pdrelay.errors import ConfigError
 from pdrelay.transport.base import Transport
+from pdrelay.transport.device import DevicePages
 from pdrelay.transport.options import TransportOptions
 from pdrelay.transport.pages import SharedPages
 
 __all__ = ["TRANSPORTS", "TransportOptions", "create_transport"]
 
-TRANSPORTS = ("mapped", "tcp", "pool", "fake")  # each a module with `create`
+TRANSPORTS = ("mapped", "nccl", "tcp", "pool", "fake")  # each a module with `create`
 
-_Create = Callable[[SharedPages, str, TransportOptions], Transport]
+_Create = Callable[[SharedPages | DevicePages, str, TransportOptions], Transport]
 
 
 def create_transport(
-    name: str, pages: SharedPages, instance: str, options: TransportOptions
+    name: str, pages: SharedPages | DevicePages, instance: str, options: TransportOptions
 ) -> Transport:
     """Build one rank's transport over `pages`.
 

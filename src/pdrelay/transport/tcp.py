@@ -1,5 +1,7 @@
 """Transport `tcp`: layer by layer over a socket, from pages to pages without a copy in between.
 
+Pages of a device pass through pinned host memory on both sides (`staging.py`).
+
 Works between any hosts. Producers show a random token that reached them over the engines' own
 link; bytes are not encrypted, so the address should be loopback or a private network.
 """
@@ -28,6 +30,7 @@ from pdrelay.transport.copying import (
     close_fds,
     decode_descriptor,
 )
+from pdrelay.transport.device import Device, DevicePages
 from pdrelay.transport.news import Bell, NewsQueue
 from pdrelay.transport.options import TransportOptions
 from pdrelay.transport.pages import SharedPages
@@ -54,7 +57,7 @@ class TcpTransport:
 
     def __init__(
         self,
-        pages: SharedPages,
+        pages: SharedPages | DevicePages,
         instance: str,
         *,
         host: str = "127.0.0.1",
@@ -65,6 +68,7 @@ class TcpTransport:
         if host in _WILDCARDS:
             raise ConfigError(f"tcp host {host!r} is no address to connect to: name one interface")
         self._pages = pages
+        self.device: Device | None = None if isinstance(pages, SharedPages) else pages.device
         self._instance = instance
         self._host = host
         self._timeout_s = timeout_s
@@ -111,19 +115,19 @@ class TcpTransport:
         self, transfer_id: str, first_block: int, blocks: Sequence[int], keys: Sequence[bytes]
     ) -> None:
         check_blocks(blocks, self._pages.layout, "local")
-        self._listening().expect(transfer_id, first_block, blocks)
+        self._listening().transfers.expect(transfer_id, first_block, blocks)
 
     def commit(self, transfer_id: str, num_pages: int) -> None:
-        self._listening().commit(transfer_id, num_pages)
+        self._listening().transfers.commit(transfer_id, num_pages)
 
     def poll(self) -> list[Arrived | TransferFailed]:
         if self._receiver is not None:
-            self._receiver.fail_late()
+            self._receiver.transfers.fail_late()
         return self._news.take()
 
     def abort(self, transfer_id: str) -> None:
         if self._receiver is not None:
-            self._receiver.abort(transfer_id)
+            self._receiver.transfers.abort(transfer_id)
 
     def fileno(self) -> int:
         return self._bell.fileno()
@@ -135,5 +139,7 @@ class TcpTransport:
         self._bell.close()
 
 
-def create(pages: SharedPages, instance: str, options: TransportOptions) -> TcpTransport:
+def create(
+    pages: SharedPages | DevicePages, instance: str, options: TransportOptions
+) -> TcpTransport:
     return TcpTransport(pages, instance, host=options.tcp_host, timeout_s=options.timeout_s)

@@ -2,9 +2,9 @@
 
 The race that matters: the engine aborts a transfer, frees its blocks and gives them to another
 request while bytes of the old one are still arriving. So every write into pages happens inside one
-non-blocking receive under the transfer's lock, and `abort` takes that lock: once it returned, the
-thread finds the transfer closed and discards what is left of the frame. The lock is held for one
-copy from the socket buffer and never while waiting.
+non-blocking receive, or one copy to a device that is waited for, under the transfer's lock, and
+`abort` takes that lock: once it returned, the thread finds the transfer closed and discards what is
+left of the frame. The lock is held for one copy and never while waiting for the peer.
 """
 
 from __future__ import annotations
@@ -13,26 +13,22 @@ import hmac
 import selectors
 import socket
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-
-import numpy as np
-import numpy.typing as npt
+from collections.abc import Iterator
 
 from pdrelay.core.clock import Clock
 from pdrelay.core.kv_layout import KVLayout
 from pdrelay.errors import ProtocolError, TransportError
 from pdrelay.transport.base import Arrived, TransferFailed
-from pdrelay.transport.copying import check_commit
-from pdrelay.transport.meter import Meter
+from pdrelay.transport.device import DevicePages
+from pdrelay.transport.incoming import Incoming, IncomingTransfers
 from pdrelay.transport.news import NewsQueue
 from pdrelay.transport.pages import SharedPages
+from pdrelay.transport.staging import PageAccess, Part, page_access
 from pdrelay.transport.tcp_wire import (
     GREETING_BYTES,
     HEADER_BYTES,
     MAGIC,
     Header,
-    PageViews,
     Vector,
     decode_header,
     digest_of,
@@ -45,29 +41,12 @@ _RECEIVES_A_TURN = 16  # of one connection before the others get theirs
 _SCRATCH_BYTES = 1 << 18
 
 
-@dataclass
-class Incoming:
-    """One expected transfer. `lock` guards all that follows it, and the writes into `blocks`."""
-
-    transfer_id: str
-    first_block: int
-    blocks: Sequence[int]
-    claimed: npt.NDArray[np.bool_]  # [num_layers, len(blocks)]: received or being received
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    closed: bool = False  # aborted, failed or arrived: nothing writes its blocks any more
-    num_received: int = 0
-    committed: int | None = None
-    deadline_ns: int = 0
-    source: Connection | None = None
-    meter: Meter = field(default_factory=Meter)
-
-
 class Receiver:
     """Listens, receives, and reports. Its thread runs `_run` and what that calls."""
 
     def __init__(
         self,
-        pages: SharedPages,
+        pages: SharedPages | DevicePages,
         host: str,
         token: bytes,
         news: NewsQueue[Arrived | TransferFailed],
@@ -77,15 +56,19 @@ class Receiver:
         clock: Clock,
     ) -> None:
         self.layout: KVLayout = pages.layout
-        self.views = PageViews(pages)
+        self.pages = pages
         self.scratch = memoryview(bytearray(_SCRATCH_BYTES))
         self.token = token
         self.clock = clock
         self.timeout_ns = timeout_ns
-        self._transport = transport
-        self._news = news
-        self._lock = threading.Lock()  # of `_incoming`; taken before a transfer's lock, if both
-        self._incoming: dict[bytes, Incoming] = {}
+        self.transfers = IncomingTransfers(
+            pages.layout,
+            news,
+            transport=transport,
+            timeout_ns=timeout_ns,
+            clock=clock,
+            name=digest_of,
+        )
         self._connections: list[Connection] = []
         self._wake, self._woken = socket.socketpair()
         try:
@@ -104,77 +87,6 @@ class Receiver:
         self._thread = threading.Thread(target=self._run, name="kv-tcp-receiver", daemon=True)
         self._thread.start()
 
-    # ---- transfers
-
-    def expect(self, transfer_id: str, first_block: int, blocks: Sequence[int]) -> None:
-        shape = (self.layout.num_layers, len(blocks))
-        incoming = Incoming(transfer_id, first_block, list(blocks), np.zeros(shape, np.bool_))
-        with self._lock:
-            digest = digest_of(transfer_id)
-            if digest in self._incoming:
-                raise TransportError(f"transfer {transfer_id} is expected already")
-            self._incoming[digest] = incoming
-
-    def find(self, digest: bytes) -> Incoming | None:
-        with self._lock:
-            return self._incoming.get(digest)
-
-    def _forget(self, incoming: Incoming) -> None:
-        with self._lock:
-            self._incoming.pop(digest_of(incoming.transfer_id), None)
-
-    def commit(self, transfer_id: str, num_pages: int) -> None:
-        incoming = self.find(digest_of(transfer_id))
-        if incoming is None:
-            return
-        wrong = check_commit(num_pages, incoming.claimed.size)
-        if wrong is not None:
-            self.fail(incoming, wrong)
-            return
-        with incoming.lock:
-            incoming.committed = num_pages
-            incoming.deadline_ns = self.clock() + self.timeout_ns
-        self.complete(incoming)
-
-    def complete(self, incoming: Incoming) -> None:
-        """Report the transfer if it is committed and all there. Called from both threads."""
-        with incoming.lock:
-            if incoming.closed or incoming.num_received != incoming.committed:
-                return
-            incoming.closed = True
-            report = incoming.meter.report(incoming.transfer_id, self._transport)
-        self._forget(incoming)
-        self._news.put(Arrived(report))
-
-    def fail(self, incoming: Incoming, message: str) -> None:
-        with incoming.lock:
-            if incoming.closed:
-                return
-            incoming.closed = True
-        self._forget(incoming)
-        self._news.put(TransferFailed(incoming.transfer_id, message))
-
-    def fail_late(self) -> None:
-        """Fail committed transfers whose pages did not arrive within the timeout."""
-        now = self.clock()
-        with self._lock:
-            all_incoming = list(self._incoming.values())
-        for incoming in all_incoming:
-            if incoming.committed is not None and now >= incoming.deadline_ns:
-                self.fail(
-                    incoming,
-                    f"{incoming.num_received} of {incoming.committed} pages arrived within "
-                    f"{self.timeout_ns / 1e9:g} s of the commit",
-                )
-
-    def abort(self, transfer_id: str) -> None:
-        incoming = self.find(digest_of(transfer_id))
-        if incoming is None:
-            return
-        with incoming.lock:  # waits for a receive under way: at most one copy
-            incoming.closed = True
-        self._forget(incoming)
-
     def close(self) -> None:
         if not self._thread.is_alive():
             return
@@ -182,7 +94,6 @@ class Receiver:
         self._thread.join()
         self._wake.close()
         self._woken.close()
-        self.views.close()
 
     # ---- the thread
 
@@ -202,7 +113,7 @@ class Receiver:
                     self._drop_stalled(selector)
             finally:
                 for connection in self._connections:
-                    connection.sock.close()
+                    connection.close()
 
     def _patience_s(self) -> float | None:
         """Until the next connection in the middle of something is late; idle ones never are."""
@@ -244,12 +155,8 @@ class Receiver:
         """Close the connection and fail what came over it and is not complete."""
         selector.unregister(connection.sock)
         self._connections.remove(connection)
-        connection.sock.close()
-        with self._lock:
-            mine = [i for i in self._incoming.values() if i.source is connection]
-        for incoming in mine:
-            if incoming.num_received < incoming.claimed.size:
-                self.fail(incoming, message)
+        connection.close()
+        self.transfers.fail_source(connection, message)
 
 
 class Connection:
@@ -268,6 +175,9 @@ class Connection:
         self._incoming: Incoming | None = None  # where they go; None discards them
         self._left = 0  # bytes of the frame
         self._num_views = 0
+        self._access: PageAccess = page_access(receiver.pages)
+        self._parts: Iterator[Part] = iter(())
+        self._part: Part | None = None  # being filled
         self._at_start = True  # of a header
 
     def receive(self) -> bool:
@@ -316,24 +226,21 @@ class Connection:
         """Find where the pages go. Raises ProtocolError for pages that are not due."""
         self._header = header
         self._left = header.num_blocks * self._receiver.layout.layer_block_bytes
-        incoming = self._receiver.find(header.digest)
-        if incoming is None:
+        claimed = self._receiver.transfers.claim(
+            header.digest, self, header.layer, header.first_block, header.num_blocks
+        )
+        if claimed is None:
             return
-        start = header.first_block - incoming.first_block
-        stop = start + header.num_blocks
-        if start < 0 or stop > len(incoming.blocks):
-            raise ProtocolError("pages outside the expected blocks")
-        with incoming.lock:
-            if incoming.source not in (None, self):
-                raise ProtocolError("pages of another producer's transfer")
-            if incoming.claimed[header.layer, start:stop].any():
-                raise ProtocolError("pages that were sent before")
-            incoming.source = self
-            incoming.claimed[header.layer, start:stop] = True
-        self._incoming = incoming
-        views = self._receiver.views.of(header.layer, incoming.blocks[start:stop])
-        self._num_views = len(views)
-        self._target = Vector(views)
+        self._incoming, blocks = claimed
+        self._num_views = 0
+        self._parts = self._access.write(header.layer, blocks)
+        self._next_part()
+
+    def _next_part(self) -> None:
+        self._part = next(self._parts, None)
+        if self._part is not None:
+            self._num_views += len(self._part.views)
+            self._target = Vector(self._part.views)
 
     def _receive_pages(self) -> int:
         incoming = self._incoming
@@ -361,7 +268,16 @@ class Connection:
         count = self.sock.recvmsg_into(self._target.head())[0]
         incoming.meter.add(start, self._receiver.clock(), count, 0)
         self._target.advance(count)
+        if self._target.done and self._part is not None:
+            self._part.finish()
+            self._next_part()
         return count
+
+    def close(self) -> None:
+        self.sock.close()
+        self._parts, self._part = iter(()), None
+        self._target = Vector([])
+        self._access.close()
 
     def _end_frame(self) -> None:
         header, incoming = self._header, self._incoming
@@ -369,7 +285,4 @@ class Connection:
         self._expect_header()
         if incoming is None:
             return
-        with incoming.lock:
-            incoming.num_received += header.num_blocks
-            incoming.meter.num_pieces += self._num_views
-        self._receiver.complete(incoming)
+        self._receiver.transfers.received(incoming, header.num_blocks, self._num_views)

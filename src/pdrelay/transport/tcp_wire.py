@@ -10,15 +10,13 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 import msgspec
 
-from pdrelay.core.kv_layout import KVLayout, contiguous_runs
+from pdrelay.core.kv_layout import KVLayout
 from pdrelay.errors import ProtocolError
-from pdrelay.transport.pages import SharedPages
 
 MAGIC = b"pdrelay\x01"
 TOKEN_BYTES = 32
@@ -68,25 +66,6 @@ def decode_header(data: bytes | bytearray | memoryview, layout: KVLayout) -> Hea
     if layer >= layout.num_layers or not 1 <= num_blocks <= layout.num_blocks:
         raise ProtocolError(f"layer {layer} of {num_blocks} blocks does not fit this KV pool")
     return Header(digest, layer, first_block, num_blocks)
-
-
-class PageViews:
-    """Memory of runs of pages, without copies, for vectored socket calls."""
-
-    def __init__(self, pages: SharedPages) -> None:
-        self._layout = pages.layout
-        self._bytes = memoryview(pages.buffer)
-
-    def of(self, layer: int, blocks: Sequence[int]) -> list[memoryview]:
-        """One view a run of consecutive blocks."""
-        views: list[memoryview] = []
-        for block, _, length in contiguous_runs(blocks, blocks):
-            start = self._layout.offset(layer, block)
-            views.append(self._bytes[start : start + length * self._layout.layer_block_bytes])
-        return views
-
-    def close(self) -> None:
-        self._bytes.release()
 
 
 class Vector:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pdrelay.engine.attention.base import AttentionBackend, AttentionShape, select_attention
+from pdrelay.engine.attention.base import AttentionBackend, AttentionShape
 from pdrelay.engine.attention.context import DecodeSegment, ForwardContext, PrefillSegment
 
 __all__ = [
@@ -11,5 +11,4 @@ __all__ = [
     "DecodeSegment",
     "ForwardContext",
     "PrefillSegment",
-    "select_attention",
 ]

@@ -8,7 +8,6 @@ from typing import Protocol
 import torch
 
 from pdrelay.engine.attention.context import ForwardContext
-from pdrelay.engine.kernels import Kernels
 
 
 @dataclass(frozen=True)
@@ -39,16 +38,3 @@ class AttentionBackend(Protocol):
         the batch's own K and V written. Returns [T, num_heads * head_dim], contiguous, valid
         until the next call.
         """
-
-
-def select_attention(
-    shape: AttentionShape, dtype: torch.dtype, device: torch.device, kernels: Kernels | None
-) -> AttentionBackend:
-    """The fastest backend that takes this shape, dtype and device."""
-    from pdrelay.engine.attention.cpu import CpuAttention
-    from pdrelay.engine.attention.sdpa import SdpaAttention
-
-    on_cpu = dtype == torch.float32 and device.type == "cpu"
-    if kernels is not None and on_cpu and CpuAttention.supports(shape, kernels):
-        return CpuAttention(shape, kernels)
-    return SdpaAttention(shape)

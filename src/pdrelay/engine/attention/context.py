@@ -8,6 +8,8 @@ from functools import cached_property
 
 import torch
 
+from pdrelay.engine.remote_store import RemoteStore
+
 
 @dataclass(frozen=True)
 class PrefillSegment:
@@ -28,12 +30,14 @@ class DecodeSegment:
     """Rows `start .. start + B`, one token of one request each.
 
     `block_tables`: int32 [B, max_blocks], contiguous. `seq_lens`: int32 [B], the tokens attended
-    to, the new one included.
+    to, the new one included. On CUDA a length of 0 marks a padding row, and `num_splits` is the
+    number of parts a row's keys are cut into.
     """
 
     start: int
     block_tables: torch.Tensor
     seq_lens: torch.Tensor
+    num_splits: int = 1
 
     @property
     def num_rows(self) -> int:
@@ -45,8 +49,11 @@ class ForwardContext:
     """One step's batch: decodes first, then prefill chunks.
 
     `kv_pool`: [num_layers, num_blocks, 2, block_size, num_kv_heads, head_dim], this rank's pages.
-    `slot_mapping`: int64 [T], block * block_size + offset of each row's token.
-    `after_layer(l)` is called once layer l's K and V of all rows are in the pool.
+    `slot_mapping`: int64 [T], block * block_size + offset of each row's token; on CUDA -1 marks a
+    padding row, whose K and V go nowhere.
+    `after_layer(l)` is called once layer l's K and V of all rows are in the pool, or queued.
+    `remote`: a peer's pages that get the same K and V (CUDA only).
+    `tables`: the prefill segments' block tables, int32, where they are on the device already.
     """
 
     kv_pool: torch.Tensor
@@ -54,12 +61,20 @@ class ForwardContext:
     prefills: Sequence[PrefillSegment] = ()
     decode: DecodeSegment | None = None
     after_layer: Callable[[int], None] | None = None
+    remote: RemoteStore | None = None
+    tables: Sequence[torch.Tensor] | None = None
 
     @property
     def block_size(self) -> int:
         return self.kv_pool.shape[3]
 
+    @property
+    def has_fresh_prompt(self) -> bool:
+        return any(segment.context_len == 0 for segment in self.prefills)
+
     @cached_property
-    def prefill_tables(self) -> list[torch.Tensor]:
-        """Block tables of the prefill segments, int32 on the CPU, made once a step."""
+    def prefill_tables(self) -> Sequence[torch.Tensor]:
+        """Block tables of the prefill segments, int32, on the CPU unless given; once a step."""
+        if self.tables is not None:
+            return self.tables
         return [torch.tensor(s.block_table, dtype=torch.int32) for s in self.prefills]

@@ -24,6 +24,7 @@
 #define VL 16 /* floats in a vector */
 #define NV 4  /* vectors in a register tile */
 #elif defined(__AVX__)
+#include <immintrin.h>
 #define VL 8
 #define NV 2
 #elif defined(__aarch64__)
@@ -279,6 +280,24 @@ INLINE void transpose_16(const float *const *rows, long column, long n, float *d
     _mm512_storeu_ps(dst + (12 + j) * NR, _mm512_shuffle_f32x4(b[4 + j], b[12 + j], 0xdd));
   }
 }
+#elif defined(__AVX__)
+INLINE void transpose_8(const float *const *rows, long column, long n, float *dst) {
+  __m256 a[8], b[8];
+  UNROLL for (int i = 0; i < 8; i++)
+      a[i] = i < n ? _mm256_loadu_ps(rows[i] + column) : _mm256_setzero_ps();
+  UNROLL for (int i = 0; i < 8; i += 2) {
+    b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+  }
+  UNROLL for (int i = 0; i < 8; i += 4) UNROLL for (int j = 0; j < 2; j++) {
+    a[i + 2 * j] = _mm256_shuffle_ps(b[i + j], b[i + 2 + j], 0x44);
+    a[i + 2 * j + 1] = _mm256_shuffle_ps(b[i + j], b[i + 2 + j], 0xee);
+  }
+  UNROLL for (int j = 0; j < 4; j++) {
+    _mm256_storeu_ps(dst + j * NR, _mm256_permute2f128_ps(a[j], a[4 + j], 0x20));
+    _mm256_storeu_ps(dst + (4 + j) * NR, _mm256_permute2f128_ps(a[j], a[4 + j], 0x31));
+  }
+}
 #endif
 
 static void locate(const attention *a, long k0, long n, const float **rows) {
@@ -303,6 +322,8 @@ INLINE void pack_tile(const int direct, const attention *a, long h, tile *t) {
     for (long d = 0; d < D; d += VL) {
 #if defined(__AVX512F__)
       transpose_16(t->rows + j, h * D + d, n - j, dst + d * NR);
+#elif defined(__AVX__)
+      transpose_8(t->rows + j, h * D + d, n - j, dst + d * NR);
 #else
       for (long i = 0; i < VL; i++)
         for (long c = d; c < d + VL; c++)

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from pdrelay.engine.attention import AttentionShape, ForwardContext, select_attention
+from pdrelay.engine.attention import AttentionShape, ForwardContext
+from pdrelay.engine.backend import Backend, select_backend
 from pdrelay.engine.communicator import Communicator
-from pdrelay.engine.kernels import load_kernels
-from pdrelay.engine.layers import HeadNorms, Linear, Ops, rope_table, select_ops
+from pdrelay.engine.layers import HeadNorms, Linear, Ops, rope_table
 from pdrelay.engine.weights import EMBEDDING, FINAL_NORM, LM_HEAD, WeightSource, layer_prefix
 from pdrelay.model.config import ModelConfig
 
@@ -43,18 +43,17 @@ class LlamaForCausalLM:
         device: torch.device,
         communicator: Communicator,
         use_kernels: bool = True,
+        backend: Backend | None = None,
     ) -> None:
         self._config = config
         self._communicator = communicator
-        self._ops = select_ops(dtype, device, use_kernels)
         shape = AttentionShape(
             num_heads=config.num_heads // communicator.world_size,
             num_kv_heads=config.num_kv_heads // communicator.world_size,
             head_dim=config.head_dim,
         )
-        self._attention = select_attention(
-            shape, dtype, device, load_kernels() if use_kernels else None
-        )
+        self.backend = backend or select_backend(shape, dtype, device, use_kernels)
+        self._ops, self._attention = self.backend.ops, self.backend.attention
         self._rope_table = rope_table(config, device)
         loader = _Loader(config, weights, self._ops, dtype, device, communicator)
         self._embedding = loader.vocabulary(EMBEDDING)
@@ -70,29 +69,45 @@ class LlamaForCausalLM:
     ) -> torch.Tensor:
         ops, eps = self._ops, self._config.rms_norm_eps
         all_reduce_, after_layer = self._communicator.all_reduce_, context.after_layer
-        slots = context.slot_mapping
+        slots, remote = context.slot_mapping, context.remote
+        keep_keys = self.backend.keeps_keys and context.has_fresh_prompt
         residual = self._embed(token_ids)
         x: torch.Tensor | None = None
         for i, (layer, kv) in enumerate(zip(self._layers, context.kv_pool.unbind(0), strict=True)):
-            h = ops.add_rms_norm(x, residual, layer.input_norm, eps)
+            qkv, residual = ops.norm_linear(x, residual, layer.input_norm, eps, layer.qkv)
             q = ops.rope_write_kv(
-                layer.qkv(h), positions, slots, self._rope_table, layer.head_norms, kv
+                qkv,
+                positions,
+                slots,
+                self._rope_table,
+                layer.head_norms,
+                kv,
+                None if remote is None else remote.layer(i),
+                keep_keys,
             )
             if after_layer is not None:
                 after_layer(i)
             x = all_reduce_(layer.o(self._attention(q, kv, context)))
-            h = ops.add_rms_norm(x, residual, layer.post_attention_norm, eps)
-            x = all_reduce_(layer.down(ops.silu_mul(layer.gate_up(h))))
+            h, residual = ops.norm_gate_up(
+                x, residual, layer.post_attention_norm, eps, layer.gate_up
+            )
+            x = all_reduce_(layer.down(h))
         assert x is not None
         return residual.add_(x)
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        hidden = hidden.contiguous()
-        h = self._ops.add_rms_norm(None, hidden, self._final_norm, self._config.rms_norm_eps)
-        shards = self._communicator.all_gather_last_dim(self._lm_head(h))
         # A copy: the layer's buffer is used again by the next call.
-        return shards[:, : self._config.vocab_size].to(torch.float32, copy=True)
+        return self.raw_logits(hidden).to(torch.float32, copy=True)
+
+    @torch.inference_mode()
+    def raw_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        eps = self._config.rms_norm_eps
+        shard, _ = self._ops.norm_linear(
+            None, hidden.contiguous(), self._final_norm, eps, self._lm_head
+        )
+        shards = self._communicator.all_gather_last_dim(shard)
+        return shards[:, : self._config.vocab_size]
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         if self._communicator.world_size == 1:

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from pdrelay.engine.attention.context import ForwardContext
+from pdrelay.engine.backend import Backend
 from pdrelay.engine.communicator import Communicator, SingleCommunicator
 from pdrelay.engine.weights import open_weights
 from pdrelay.model.config import ModelConfig, check_tp
@@ -19,6 +20,8 @@ _FAMILIES = {
 
 
 class CausalLM(Protocol):
+    backend: Backend
+
     def forward(
         self, token_ids: torch.Tensor, positions: torch.Tensor, context: ForwardContext
     ) -> torch.Tensor:
@@ -26,6 +29,9 @@ class CausalLM(Protocol):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[M, hidden] of `forward` -> float32 [M, vocab]; final norm included."""
+
+    def raw_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The same in the model's dtype, rows maybe strided, valid until the next call."""
 
 
 def build_model(
@@ -38,21 +44,25 @@ def build_model(
     device: torch.device | None = None,
     communicator: Communicator | None = None,
     use_kernels: bool = True,
+    backend: Backend | None = None,
 ) -> CausalLM:
     """This rank's part of a model, weights loaded. Raises ModelError.
 
-    `use_kernels=False` keeps to torch operations where C kernels would run.
+    `use_kernels=False` keeps to torch operations where own kernels would run; `backend` replaces
+    the choice altogether.
     """
     communicator = SingleCommunicator() if communicator is None else communicator
     check_tp(config, communicator.world_size)
     module, _, name = _FAMILIES[config.architecture].partition(":")
     family = getattr(import_module(module), name)
+    device = torch.device("cpu") if device is None else device
     built: CausalLM = family(
         config,
-        open_weights(model, load_format, seed),
+        open_weights(model, load_format, seed, device),
         dtype=dtype,
-        device=torch.device("cpu") if device is None else device,
+        device=device,
         communicator=communicator,
         use_kernels=use_kernels,
+        backend=backend,
     )
     return built

@@ -1,4 +1,7 @@
-"""Experiment 3: streams decode, first alone, then while long prompts arrive at fixed times."""
+"""Experiment 3: streams decode, first alone, then while long prompts arrive at fixed times.
+
+Quiet and busy windows take turns: an ITL grows with its context, so each needs the same contexts.
+"""
 
 from __future__ import annotations
 

@@ -31,10 +31,11 @@ def steps(context: Context) -> list[Step]:
             result = await context.load("ttft-busy", probes, ClosedLoop(1))
         context.save("ttft", "busy", result, streams=streams, num_streams=scale.num_streams)
 
-    return [
+    both = [
         Step("1 TTFT, idle", idle_s, idle),
         Step("1 TTFT, streams decoding", busy_s * _BUSY_FACTOR, busy),
     ]
+    return both if scale.busy_probes else both[:1]
 
 
 def _probes(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import msgspec
 from pdrelay.errors import ConfigError
 from pdrelay.lab.chrome_trace import chrome_trace
 from pdrelay.lab.report.figures import Summary
+from pdrelay.lab.report.gpu import gpu_figures
 from pdrelay.lab.report.interference import interference_rows
 from pdrelay.lab.report.page import render
 from pdrelay.lab.report.phases import phase_rows
@@ -50,6 +53,7 @@ def summarize(run: Run) -> Summary:
         shapes=shape_rows(run),
         phases=phase_rows(run),
         transfers=transfer_rows(run),
+        gpu=gpu_figures(run),
         timelines=timelines(run),
         flags=flags,
         num_cases=len(run.cases),
@@ -64,12 +68,19 @@ def build_report(root: Path) -> BuiltReport:
     run = read_run(root)
     summary = summarize(run)
     built = BuiltReport(summary, root / "report.html", root / "summary.json", root / "trace.json")
-    try:
+    with writing():
         built.report.write_text(render(summary), encoding="utf-8")
         write_json(built.summary_file, summary)
         built.trace.write_bytes(msgspec.json.encode(chrome_trace(run)))
+    return built
+
+
+@contextmanager
+def writing() -> Iterator[None]:
+    """Files of a report are written within. Raises ConfigError when one cannot be."""
+    try:
+        yield
     except OSError as error:
         raise ConfigError(
             f"{error.filename} cannot be written: {error.strerror}; free it, or copy the run"
         ) from error
-    return built

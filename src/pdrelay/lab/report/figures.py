@@ -12,6 +12,7 @@ import msgspec
 
 from pdrelay.lab.rundir import RunInfo
 from pdrelay.lab.stats import Estimate
+from pdrelay.telemetry.sample import GpuInfo
 
 SCHEMA_VERSION = 1
 STALL = 5.0  # times the quiet median ITL
@@ -94,11 +95,11 @@ class Distribution(msgspec.Struct, kw_only=True):
 class InterferenceRow(msgspec.Struct, kw_only=True):
     """Streams decode; long prompts arrive.
 
-    quiet: gaps before the first long prompt. busy: gaps that overlap [a long prompt's sending, its
-    first token]. period: all gaps between the first long prompt's sending and the last's first
-    token, whether or not one was being prefilled. stalled: the share of the busy gaps' time that
-    lies in gaps longer than STALL times the quiet median; a percentile of gaps misses it where some
-    streams stall and others go on, because a stalled stream has few gaps.
+    busy: gaps that overlap [a long prompt's sending, its first token]. quiet: the others, before
+    and between the long prompts. period: all gaps between the first long prompt's sending and the
+    last's first token, whether or not one was being prefilled. stalled: the share of the busy gaps'
+    time that lies in gaps longer than STALL times the quiet median; a percentile of gaps misses it
+    where some streams stall and others go on, because a stalled stream has few gaps.
     """
 
     topology: str
@@ -173,6 +174,61 @@ class TransferRow(msgspec.Struct, kw_only=True):
     first_wrong: str  # which request, and both numbers
 
 
+class GpuRow(msgspec.Struct, kw_only=True):
+    """One instance's GPUs during one experiment: means over its cases' windows and GPUs.
+
+    Shares are 0 to 1. `working` restricts to samples in which the instance computed throughout: a
+    producer prefills, a consumer decodes, others do either. None: the GPU does not tell.
+    """
+
+    topology: str
+    experiment: str
+    instance: str
+    gpus: list[int]
+    n: int
+    sm: float | None
+    tensor: float | None
+    dram: float | None  # of the peak
+    dram_tb_per_s: float | None
+    dram_tb_per_s_max: float | None
+    nvlink_tx_gb_per_s: float | None
+    nvlink_rx_gb_per_s: float | None
+    utilization: float | None  # NVML's plain one
+    memory_gb: float | None  # the most
+    power_w: float | None
+    working_n: int
+    working_sm: float | None
+    working_dram_tb_per_s: float | None
+    working_dram: float | None
+
+
+class GpuTrack(msgspec.Struct, kw_only=True):
+    """One GPU over one case: (seconds from the window's start, shares)."""
+
+    topology: str
+    instance: str
+    gpu: int
+    case: str
+    points: list[tuple[float, float | None, float | None]]  # (s, SMs or utilisation, DRAM)
+
+
+class GpuFigures(msgspec.Struct, kw_only=True):
+    """What the GPUs did, or why nothing is known."""
+
+    missing: list[str]  # reasons
+    gpus: list[GpuInfo]
+    assignment: list[str]
+    rows: list[GpuRow]
+    tracks: list[GpuTrack]
+
+
+class Counter(msgspec.Struct, kw_only=True):
+    """Samples of one GPU under a timeline: (start, end, share), ms after the intended send."""
+
+    name: str
+    steps: list[tuple[float, float, float]]
+
+
 class Segment(msgspec.Struct, kw_only=True):
     """One bar of a timeline lane, ms after the client's intended send."""
 
@@ -197,6 +253,7 @@ class Timeline(msgspec.Struct, kw_only=True):
     ttft: float
     until: float  # right edge, ms
     lanes: list[Lane]
+    counters: list[Counter] = []
 
 
 class CaseFlag(msgspec.Struct, kw_only=True):
@@ -242,6 +299,7 @@ class Summary(msgspec.Struct, kw_only=True):
     shapes: list[ShapeRow]
     phases: list[PhaseRow]
     transfers: list[TransferRow]
+    gpu: GpuFigures
     timelines: list[Timeline]
     flags: list[CaseFlag]
     num_cases: int

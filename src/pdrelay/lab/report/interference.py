@@ -29,7 +29,8 @@ def split_gaps(case: Case) -> tuple[list[Gap], list[Gap], list[Gap]]:
     """(quiet, busy, period) gaps of the streams; see InterferenceRow.
 
     Quiet starts when the last stream of the first wave has its second token, so that the streams'
-    own prefills are in none of the three.
+    own prefills are in none of the three. It goes on between the long prompts: quiet and busy
+    windows take turns, so that both see the same context lengths (an ITL grows with its context).
     """
     longs = [r for r in case.records if r.tag == LONG_TAG and r.first_token_ns is not None]
     if not longs:
@@ -38,7 +39,7 @@ def split_gaps(case: Case) -> tuple[list[Gap], list[Gap], list[Gap]]:
     first, last = spans[0][0], spans[-1][1]
     start = max(case.info.window_start_ns, _settled_ns(case, first))
     gaps = [gap for stream in case.streams for gap in pairwise(stream.chunk_ns)]
-    quiet = [gap for gap in gaps if gap[0] >= start and gap[1] <= first]
+    quiet = [g for g in gaps if g[0] >= start and g[1] <= last and not overlaps(g, spans)]
     busy = [gap for gap in gaps if overlaps(gap, spans)]
     period = [gap for gap in gaps if gap[1] > first and gap[0] < last]
     return quiet, busy, period

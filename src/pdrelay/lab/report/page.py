@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pdrelay.lab.html import Markup, el
+from pdrelay.lab.html import Markup
 from pdrelay.lab.report import sections
+from pdrelay.lab.report.document import document
 from pdrelay.lab.report.figures import Summary
-from pdrelay.lab.report.style import CSS
+from pdrelay.lab.report.gpu_section import gpu_section
 
 _SECTIONS: tuple[tuple[str, str, Callable[[Summary], Markup]], ...] = (
     ("ttft", "Experiment 1: TTFT against input length", sections.ttft_section),
@@ -20,6 +21,7 @@ _SECTIONS: tuple[tuple[str, str, Callable[[Summary], Markup]], ...] = (
     ("shapes", "Experiment 4: three shapes side by side", sections.shapes_section),
     ("phases", "Where TTFT goes", sections.phases_section),
     ("transfers", "KV transfers", sections.transfers_section),
+    ("gpus", "GPUs", gpu_section),
     ("timelines", "One request in each topology", sections.timelines_section),
     ("validity", "Validity", sections.validity_section),
     ("methodology", "Method", sections.methodology_section),
@@ -31,33 +33,11 @@ _SECTIONS: tuple[tuple[str, str, Callable[[Summary], Markup]], ...] = (
 def render(summary: Summary) -> str:
     """A complete HTML document; also well-formed XML."""
     run = summary.run
-    title = f"pdrelay lab: {run.model}"
     labels = ", ".join(topology.label for topology in summary.topologies)
     kind = "quick run" if run.quick else "full run"
-    links = (el("a", name.split(": ")[-1], href=f"#{anchor}") for anchor, name, _ in _SECTIONS)
-    body = (
-        el("section", el("h2", name), draw(summary), id=anchor) for anchor, name, draw in _SECTIONS
+    return document(
+        f"pdrelay lab: {run.model}",
+        f"{labels} · {kind} · {run.started}",
+        sections.verdict_section(summary),
+        [(anchor, name, draw(summary)) for anchor, name, draw in _SECTIONS],
     )
-    document = el(
-        "html",
-        el(
-            "head",
-            el("meta", charset="utf-8"),
-            el("meta", name="viewport", content="width=device-width, initial-scale=1"),
-            el("title", title),
-            el("style", Markup(CSS)),
-        ),
-        el(
-            "body",
-            el(
-                "main",
-                el("h1", title),
-                el("p", f"{labels} · {kind} · {run.started}", class_="sub"),
-                el("nav", *links),
-                sections.verdict_section(summary),
-                *body,
-            ),
-        ),
-        lang="en",
-    )
-    return f"<!DOCTYPE html>\n{document}\n"

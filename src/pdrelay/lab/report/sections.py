@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from pdrelay.lab import fmt, lanes, plots
 from pdrelay.lab.html import Markup, el, join, table
@@ -302,7 +302,8 @@ def interference_section(summary: Summary) -> Markup:
             _note(
                 f"{first.num_streams} streams decode; after a quiet time {first.num_long} prompts "
                 f"of {first.long_input_len:,} tokens arrive at fixed times. Busy gaps overlap the "
-                "time from a long prompt's sending to its first token; the period is everything "
+                "time from a long prompt's sending to its first token; quiet ones lie before and "
+                "between, so that both meet the same context lengths; the period is everything "
                 "from the first long prompt to the last one's first token."
             ),
             _plots(
@@ -588,8 +589,13 @@ def methodology_section(summary: Summary) -> Markup:
     )
 
 
+def environment_table(environment: Mapping[str, object]) -> Markup:
+    """What the run ran on."""
+    rows = [[key, _value(value)] for key, value in environment.items()]
+    return table(["", "value"], rows, text_columns=2)
+
+
 def environment_section(summary: Summary) -> Markup:
-    rows = [[key, _value(value)] for key, value in summary.environment.items()]
     servers = []
     for topology in summary.topologies:
         peaks = topology.peak_rss_bytes
@@ -606,7 +612,7 @@ def environment_section(summary: Summary) -> Markup:
     head = ["topology", "engine", "ranks", "start-up, s", "KV a token", "peak memory of a rank"]
     return join(
         [
-            table(["", "value"], rows, text_columns=2),
+            environment_table(summary.environment),
             table(head, servers, caption="The servers as they ran.", text_columns=2),
             _resolved(summary),
         ]

@@ -54,7 +54,7 @@ svg text { fill: var(--ink); } .tick { fill: var(--soft); } .label { fill: var(-
 .c6 { color: var(--c6); } .c7 { color: var(--c7); }
 .k-route { color: #7d8288; } .k-wait { color: #a3a8ae; } .k-prefill { color: #0072b2; }
 .k-transfer { color: #c66a00; } .k-decode { color: #00805d; } .k-stream { color: #a8578a; }
-.k-return { color: #a8578a; }
+.k-return { color: #a8578a; } .k-gpu { color: #8a7a00; }
 .scroll { overflow-x: auto; margin: 12px 0; }
 table { border-collapse: collapse; font-size: 0.87rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding-bottom: 6px; }

@@ -19,7 +19,8 @@ def console() -> Console:
 
 def print_summary(summary: Summary, console: Console) -> None:
     """Verdict and one table an experiment."""
-    for table in (_ttft(summary), _traffic(summary), _interference(summary), _shapes(summary)):
+    makers = (_ttft, _traffic, _interference, _shapes, _gpus)
+    for table in (make(summary) for make in makers):
         if table.row_count:
             console.print(table)
     errors = [flag for flag in summary.flags if flag.severity == "error"]
@@ -33,7 +34,7 @@ def print_summary(summary: Summary, console: Console) -> None:
         console.print(f"- {sentence.text}", markup=False, highlight=False)
 
 
-def _table(title: str, *columns: str) -> Table:
+def make_table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", header_style="bold")
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right")
@@ -43,7 +44,7 @@ def _table(title: str, *columns: str) -> Table:
 def _ttft(summary: Summary) -> Table:
     """Input lengths down, topologies across."""
     names = [topology.name for topology in summary.topologies]
-    table = _table("1 TTFT p50, ms [95 % interval]", "input", *map(summary.label, names))
+    table = make_table("1 TTFT p50, ms [95 % interval]", "input", *map(summary.label, names))
     cells = {(r.condition, r.input_len, r.topology): r.ttft for r in summary.ttft}
     for condition, length in dict.fromkeys(
         sorted(
@@ -52,12 +53,12 @@ def _ttft(summary: Summary) -> Table:
     ):
         figures = (cells.get((condition, length, name)) for name in names)
         texts = (fmt.NONE if figure is None else fmt.estimate(figure) for figure in figures)
-        table.add_row(f"{length:,} {condition}", *map(_escape, texts))
+        add_row(table, f"{length:,} {condition}", *texts)
     return table
 
 
 def _traffic(summary: Summary) -> Table:
-    table = _table(
+    table = make_table(
         "2 traffic",
         "topology",
         "case",
@@ -81,12 +82,12 @@ def _traffic(summary: Summary) -> Table:
             fmt.estimate(row.goodput),
             "yes" if row.sustained else "no",
         )
-        table.add_row(*map(_escape, cells))
+        add_row(table, *cells)
     return table
 
 
 def _interference(summary: Summary) -> Table:
-    table = _table(
+    table = make_table(
         "3 interference: ITL of running streams, ms",
         "topology",
         "quiet p50",
@@ -109,12 +110,14 @@ def _interference(summary: Summary) -> Table:
             fmt.share(row.stalled),
             fmt.estimate(row.long_ttft),
         )
-        table.add_row(*map(_escape, cells))
+        add_row(table, *cells)
     return table
 
 
 def _shapes(summary: Summary) -> Table:
-    table = _table("4 shapes", "shape", "topology", "TTFT p50, ms", "ITL p50", "E2E p50", "tok/s")
+    table = make_table(
+        "4 shapes", "shape", "topology", "TTFT p50, ms", "ITL p50", "E2E p50", "tok/s"
+    )
     for case in dict.fromkeys(row.case for row in summary.shapes):
         for row in (row for row in summary.shapes if row.case == case):
             cells = (
@@ -125,8 +128,35 @@ def _shapes(summary: Summary) -> Table:
                 fmt.estimate(row.e2e),
                 fmt.estimate(row.output_rate),
             )
-            table.add_row(*map(_escape, cells))
+            add_row(table, *cells)
     return table
+
+
+def _gpus(summary: Summary) -> Table:
+    table = make_table(
+        "GPUs: means over an experiment (while the instance works)",
+        *("topology", "experiment", "instance", "SMs busy", "tensor cores", "DRAM, TB/s"),
+        *("of peak", "NVLink out / in, GB/s", "memory, GB"),
+    )
+    for row in summary.gpu.rows:
+        add_row(
+            table,
+            summary.label(row.topology),
+            row.experiment,
+            row.instance,
+            f"{fmt.percent(row.sm)} ({fmt.percent(row.working_sm)})",
+            fmt.percent(row.tensor),
+            f"{fmt.number(row.dram_tb_per_s)} ({fmt.number(row.working_dram_tb_per_s)})",
+            fmt.percent(row.dram),
+            f"{fmt.number(row.nvlink_tx_gb_per_s)} / {fmt.number(row.nvlink_rx_gb_per_s)}",
+            fmt.number(row.memory_gb),
+        )
+    return table
+
+
+def add_row(table: Table, *cells: str) -> None:
+    """Cells as they are, brackets included."""
+    table.add_row(*map(_escape, cells))
 
 
 def _escape(text: str) -> str:

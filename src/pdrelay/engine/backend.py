@@ -1,0 +1,62 @@
+"""Which operations and which attention run a model on a device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from pdrelay.engine.attention.base import AttentionBackend, AttentionShape
+from pdrelay.engine.kernels import load_kernels
+from pdrelay.engine.kernels.gpu import GpuKernels
+from pdrelay.engine.layers import KernelOps, Ops, TorchOps
+from pdrelay.engine.qkv_buffer import QkvBuffer
+
+
+@dataclass(frozen=True)
+class Backend:
+    """`keeps_keys`: attention reads fresh prompts' K in the QKV projection, so RoPE leaves it."""
+
+    ops: Ops
+    attention: AttentionBackend
+    qkv_buffer: QkvBuffer | None = None
+    kernels: GpuKernels | None = None
+
+    @property
+    def keeps_keys(self) -> bool:
+        return self.qkv_buffer is not None
+
+
+def select_backend(
+    shape: AttentionShape, dtype: torch.dtype, device: torch.device, use_kernels: bool = True
+) -> Backend:
+    """The fastest for this shape, dtype and device; torch alone unless `use_kernels`."""
+    from pdrelay.engine.attention.sdpa import SdpaAttention
+
+    if use_kernels and device.type == "cuda":
+        return cuda_backend(shape, dtype, device)
+    kernels = load_kernels() if use_kernels else None
+    if kernels is None or dtype != torch.float32 or device.type != "cpu":
+        return Backend(TorchOps(), SdpaAttention(shape))
+    from pdrelay.engine.attention.cpu import CpuAttention
+
+    supported = CpuAttention.supports(shape, kernels)
+    attention = CpuAttention(shape, kernels) if supported else SdpaAttention(shape)
+    return Backend(KernelOps(kernels), attention)
+
+
+def cuda_backend(
+    shape: AttentionShape,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernels: GpuKernels | None = None,
+) -> Backend:
+    """Triton kernels unless others are given (torch's own, in tests without a GPU)."""
+    from pdrelay.engine.attention.cuda import CudaAttention
+    from pdrelay.engine.cuda_ops import CudaOps
+    from pdrelay.engine.kernels.gpu import TritonKernels
+
+    chosen = TritonKernels(device) if kernels is None else kernels
+    width = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    buffer = QkvBuffer(width, dtype, device)
+    return Backend(CudaOps(chosen, buffer), CudaAttention(shape, chosen, buffer), buffer, chosen)

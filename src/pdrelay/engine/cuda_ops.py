@@ -1,0 +1,110 @@
+"""The model's operations on CUDA: cuBLAS, and the fused kernels of `kernels/gpu.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from pdrelay.engine.kernels.gpu import GpuKernels
+from pdrelay.engine.layers import HeadNorms, Linear
+from pdrelay.engine.qkv_buffer import QkvBuffer
+from pdrelay.engine.remote_store import RemoteLayer
+
+
+@dataclass(frozen=True)
+class CudaLinear:
+    """`into`: where results go instead of new memory."""
+
+    weight: torch.Tensor  # [out, in]
+    transposed: torch.Tensor  # a view
+    bias: torch.Tensor | None
+    into: QkvBuffer | None
+    ops: CudaOps
+
+    def out(self, num_rows: int) -> torch.Tensor | None:
+        return None if self.into is None else self.into.rows(num_rows)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        num_rows = x.shape[0]
+        out = self.out(num_rows)
+        if num_rows <= self.ops.small_rows:
+            return self.ops.kernels.small_linear(x, self.weight, self.bias, out)
+        if self.bias is None:
+            return torch.mm(x, self.transposed, out=out)
+        return torch.addmm(self.bias, x, self.transposed, out=out)
+
+
+class CudaOps:
+    """Results are new tensors, except the `qkv` layer's, which lies in the QkvBuffer.
+
+    Batches of at most `small_rows` take own linear kernels, which read the weights faster than
+    cuBLAS and do norm and activation on the way; larger ones cuBLAS.
+    """
+
+    def __init__(self, kernels: GpuKernels, buffer: QkvBuffer, *, small_rows: int = 1) -> None:
+        assert 0 <= small_rows <= kernels.max_small_rows
+        self.kernels = kernels
+        self.small_rows = small_rows
+        self._buffer = buffer
+        self.add_rms_norm = kernels.add_rms_norm
+        self.silu_mul = kernels.silu_mul
+
+    def linear(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+        into = self._buffer if name == "qkv" else None
+        return CudaLinear(weight, weight.t(), bias, into, self)
+
+    def norm_linear(
+        self,
+        x: torch.Tensor | None,
+        residual: torch.Tensor,
+        norm_weight: torch.Tensor,
+        eps: float,
+        linear: Linear,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert isinstance(linear, CudaLinear)
+        num_rows = residual.shape[0]
+        if num_rows > self.small_rows:
+            return linear(self.add_rms_norm(x, residual, norm_weight, eps)), residual
+        return self.kernels.small_norm_linear(
+            x, residual, norm_weight, eps, linear.weight, linear.bias, linear.out(num_rows)
+        )
+
+    def norm_gate_up(
+        self,
+        x: torch.Tensor | None,
+        residual: torch.Tensor,
+        norm_weight: torch.Tensor,
+        eps: float,
+        gate_up: Linear,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert isinstance(gate_up, CudaLinear)
+        if residual.shape[0] > self.small_rows or gate_up.bias is not None:
+            h = self.add_rms_norm(x, residual, norm_weight, eps)
+            return self.silu_mul(gate_up(h)), residual
+        return self.kernels.small_norm_gate_up(x, residual, norm_weight, eps, gate_up.weight)
+
+    def rope_write_kv(
+        self,
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        rope_table: torch.Tensor,
+        norms: HeadNorms | None,
+        kv_layer: torch.Tensor,
+        remote: RemoteLayer | None = None,
+        keep_keys: bool = False,
+    ) -> torch.Tensor:
+        self.kernels.rope_write_kv(
+            qkv,
+            positions,
+            slots,
+            rope_table,
+            norms,
+            kv_layer,
+            None if remote is None else remote.pages,
+            None if remote is None else remote.slots,
+            keep_keys,
+        )
+        num_kv_heads, head_dim = kv_layer.shape[3:]
+        return qkv[:, : qkv.shape[1] - 2 * num_kv_heads * head_dim]

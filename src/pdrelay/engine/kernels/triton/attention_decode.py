@@ -1,0 +1,322 @@
+"""Decode attention over pages: one query token a row, split over the keys (Flash-Decoding: Dao et
+al., 2023), the query heads of a KV head packed into one tile.
+
+Bits: a row's result depends on its own query, keys, length and `num_splits`, and on nothing else:
+not on the batch, its size, the row's place in it or the order in which programs finish. Another
+`num_splits`, `fused` on or off, another `stages` or `warps`: another order of sums, and last bits
+that may differ.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from pdrelay.engine.kernels.triton.dot import dot
+from pdrelay.engine.kernels.triton.launch import (
+    WARP,
+    interpreting,
+    is_power_of_2,
+    num_sms,
+    pdl_flags,
+)
+from pdrelay.engine.kernels.triton.pages import key_offsets
+from pdrelay.engine.kernels.triton.split_rule import MAX_SPLITS, TILE, split_rule
+
+__all__ = ["DecodeWorkspace", "paged_decode", "split_rule"]
+
+_LOG2_E = 1.4426950408889634
+_MIN_DOT_ROWS = 16
+_REGISTERS = 128  # of 255 a thread
+
+
+class DecodeWorkspace:
+    """Partial results of up to `max_batch` rows in `max_splits` parts.
+
+    One launch at a time may use it: launches on one stream may share it, those of two streams not.
+    """
+
+    def __init__(
+        self,
+        max_batch: int,
+        num_heads: int,
+        head_dim: int,
+        device: torch.device | str,
+        max_splits: int = MAX_SPLITS,
+    ) -> None:
+        cells = max_batch * num_heads * max_splits
+        self.capacity = cells
+        self.head_dim = head_dim
+        self.out = torch.empty(cells * head_dim, dtype=torch.float32, device=device)
+        self.maximum = torch.empty(cells, dtype=torch.float32, device=device)
+        self.total = torch.empty(cells, dtype=torch.float32, device=device)
+        # Arrived parts of a (row, KV head); whoever completes one sets it back to 0.
+        self.arrived = torch.zeros(max_batch * num_heads, dtype=torch.int32, device=device)
+
+
+def paged_decode(
+    q: torch.Tensor,
+    kv_layer: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    out: torch.Tensor | None = None,
+    workspace: DecodeWorkspace | None = None,
+    num_splits: int | None = None,
+    *,
+    fused: bool = True,
+    stages: int = 3,
+    warps: int = 4,
+    pdl: bool = False,
+) -> torch.Tensor:
+    """[B, Hq * D] of `q` [B, Hq * D] (rows may be strided) over each row's first seq_lens[b] keys.
+
+    `kv_layer`: [num_blocks, 2, block_size, Hkv, D]; `block_tables`: int32 [B, W]; `seq_lens`:
+    int32 [B], the new token included; 0 marks a padding row, which gets zeros. `scale` multiplies
+    q·k. `num_splits`: by `split_rule` of the longest sequence the tables can hold unless given.
+    `fused`: the last part of a row to finish combines them; else a second kernel does. `stages`
+    is the depth of the K/V pipeline.
+    """
+    batch = q.shape[0]
+    block_size, num_kv_heads, head_dim = kv_layer.shape[2:]
+    num_heads = q.shape[1] // head_dim
+    group = num_heads // num_kv_heads
+    assert q.stride(1) == 1 and kv_layer.is_contiguous() and is_power_of_2(head_dim)
+    assert is_power_of_2(block_size)
+    assert block_tables.dtype == seq_lens.dtype == torch.int32 and block_tables.stride(1) == 1
+    if out is None:
+        out = torch.empty((batch, num_heads * head_dim), dtype=q.dtype, device=q.device)
+    assert out.is_contiguous()
+    if batch == 0:
+        return out
+    if num_splits is None:
+        longest = block_tables.shape[1] * block_size
+        num_splits = split_rule(batch, num_kv_heads, longest, num_sms(q.device))
+    assert is_power_of_2(num_splits)
+    if workspace is None and num_splits > 1:
+        workspace = DecodeWorkspace(batch, num_heads, head_dim, q.device, num_splits)
+    if workspace is None:
+        partial = (out, out, out, out)
+    else:
+        assert batch * num_heads * num_splits <= workspace.capacity
+        assert workspace.head_dim == head_dim
+        partial = (workspace.out, workspace.maximum, workspace.total, workspace.arrived)
+    _decode[(num_kv_heads, batch, num_splits)](
+        q,
+        kv_layer,
+        block_tables,
+        seq_lens,
+        out,
+        *partial,
+        q.stride(0),
+        block_tables.stride(0),
+        scale * _LOG2_E,
+        NUM_HEADS=num_heads,
+        NUM_KV_HEADS=num_kv_heads,
+        HEAD_DIM=head_dim,
+        BLOCK_SIZE=block_size,
+        GROUP=group,
+        ROWS=max(_MIN_DOT_ROWS, triton.next_power_of_2(group)),
+        TILE=TILE,
+        SPLITS=num_splits,
+        FUSED=fused,
+        STAGES=stages,
+        HEADS_AT_ONCE=_heads_at_once(group, num_splits * head_dim, warps),
+        UPCAST=interpreting(),
+        num_warps=warps,
+        **pdl_flags(pdl),
+    )
+    if num_splits > 1 and not fused:
+        _combine[(num_heads, batch)](
+            *partial[:3],
+            seq_lens,
+            out,
+            NUM_HEADS=num_heads,
+            HEAD_DIM=head_dim,
+            TILE=TILE,
+            SPLITS=num_splits,
+            num_warps=2,
+            **pdl_flags(pdl),
+        )
+    return out
+
+
+def _heads_at_once(group: int, floats_per_head: int, warps: int) -> int:
+    """Heads whose partial results fit into half of the threads' registers; a power of two."""
+    fit = max(1, warps * WARP * _REGISTERS // floats_per_head)
+    return min(triton.next_power_of_2(group), 1 << (fit.bit_length() - 1))
+
+
+@triton.jit(do_not_specialize=["table_stride"])
+def _decode(
+    q_ptr: tl.tensor,
+    kv_ptr: tl.tensor,
+    tables_ptr: tl.tensor,
+    lens_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    partial_ptr: tl.tensor,
+    maximum_ptr: tl.tensor,
+    total_ptr: tl.tensor,
+    arrived_ptr: tl.tensor,
+    q_stride: int,
+    table_stride: int,
+    scale_log2: float,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    FUSED: tl.constexpr,
+    STAGES: tl.constexpr,
+    HEADS_AT_ONCE: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    """One program: the queries of one KV head of one row, one part of its keys."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    kv_head = tl.program_id(0)
+    row = tl.program_id(1)
+    split = tl.program_id(2)
+    length = tl.load(lens_ptr + row)
+    tiles = tl.cdiv(length, TILE)
+    part = tl.cdiv(tiles, SPLITS)
+    first = split * part
+    last = tl.minimum(first + part, tiles)
+
+    queries = tl.arange(0, ROWS)
+    columns = tl.arange(0, HEAD_DIM)
+    keys = tl.arange(0, TILE)
+    used = (queries < GROUP)[:, None] & (columns < HEAD_DIM)[None, :]
+    out_line = row.to(tl.int64) * NUM_HEADS + kv_head * GROUP + queries
+    out_at = out_ptr + out_line[:, None] * HEAD_DIM + columns[None, :]
+    if tiles == 0 and split == 0:
+        tl.store(out_at, tl.zeros([ROWS, HEAD_DIM], out_ptr.dtype.element_ty), mask=used)
+    if first < last:
+        q_at = q_ptr + row.to(tl.int64) * q_stride + kv_head * GROUP * HEAD_DIM
+        q = tl.load(q_at + queries[:, None] * HEAD_DIM + columns[None, :], mask=used, other=0.0)
+        maximum = tl.full([ROWS], -1.0e30, tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+        table = tables_ptr + row.to(tl.int64) * table_stride
+        head_ptr = kv_ptr + kv_head * HEAD_DIM
+        for i in tl.range(first, last, num_stages=STAGES):
+            start = i * TILE
+            valid = start + keys < length
+            offsets = key_offsets(table, start, valid, NUM_KV_HEADS * HEAD_DIM, BLOCK_SIZE, TILE)
+            at = head_ptr + offsets[:, None] + columns[None, :]
+            # Beyond the length lie the page's earlier owners: not even NaN may count.
+            k = tl.load(at, mask=valid[:, None], other=0.0)
+            v_at = at + BLOCK_SIZE * NUM_KV_HEADS * HEAD_DIM
+            v = tl.load(v_at, mask=valid[:, None], other=0.0)
+            scores = dot(q, tl.trans(k), tl.zeros([ROWS, TILE], tl.float32), UPCAST) * scale_log2
+            scores = tl.where(valid[None, :], scores, -1.0e30)
+            highest = tl.maximum(maximum, tl.max(scores, 1))
+            weights = tl.exp2(scores - highest[:, None])
+            shrink = tl.exp2(maximum - highest)
+            total = total * shrink + tl.sum(weights, 1)
+            acc = dot(weights.to(v.dtype), v, acc * shrink[:, None], UPCAST)
+            maximum = highest
+        if SPLITS == 1:
+            tl.store(out_at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=used)
+        else:
+            cell = out_line * SPLITS + split
+            tl.store(partial_ptr + cell[:, None] * HEAD_DIM + columns[None, :], acc, mask=used)
+            tl.store(maximum_ptr + cell, maximum, mask=queries < GROUP)
+            tl.store(total_ptr + cell, total, mask=queries < GROUP)
+            if FUSED:
+                # All threads' stores before the one thread's release, its acquire before all
+                # threads' loads: the parts were written by programs on other SMs.
+                tl.debug_barrier()
+                counter = arrived_ptr + row * NUM_KV_HEADS + kv_head
+                parts = tl.cdiv(tiles, part)
+                before = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+                if before == parts - 1:
+                    tl.debug_barrier()
+                    tl.store(counter, 0)
+                    base = row.to(tl.int64) * NUM_HEADS + kv_head * GROUP
+                    for g in tl.static_range(0, GROUP, HEADS_AT_ONCE):
+                        _combine_heads(
+                            partial_ptr,
+                            maximum_ptr,
+                            total_ptr,
+                            out_ptr,
+                            base + g,
+                            GROUP - g,
+                            parts,
+                            HEAD_DIM,
+                            SPLITS,
+                            HEADS_AT_ONCE,
+                        )
+
+
+@triton.jit
+def _combine(
+    partial_ptr: tl.tensor,
+    maximum_ptr: tl.tensor,
+    total_ptr: tl.tensor,
+    lens_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    TILE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    """One program: one head of one row."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    row = tl.program_id(1).to(tl.int64)
+    tiles = tl.cdiv(tl.load(lens_ptr + row), TILE)
+    if tiles > 0:
+        parts = tl.cdiv(tiles, tl.cdiv(tiles, SPLITS))
+        line = row * NUM_HEADS + tl.program_id(0)
+        _combine_heads(
+            partial_ptr, maximum_ptr, total_ptr, out_ptr, line, 1, parts, HEAD_DIM, SPLITS, 1
+        )
+
+
+@triton.jit
+def _combine_heads(
+    partial_ptr: tl.tensor,
+    maximum_ptr: tl.tensor,
+    total_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    first_line: tl.tensor,
+    num_lines: int,
+    parts: tl.tensor,
+    HEAD_DIM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    LINES: tl.constexpr,
+) -> None:
+    """Lines of `out` from their first `parts` partial results each, all loads at once.
+
+    .cg: past the L1, which does not see what other SMs wrote.
+    """
+    lines = tl.arange(0, LINES)
+    splits = tl.arange(0, SPLITS)
+    columns = tl.arange(0, HEAD_DIM)
+    real = lines < num_lines
+    cell = (first_line + lines)[:, None] * SPLITS + splits[None, :]
+    there = real[:, None] & (splits < parts)[None, :]
+    partial = tl.load(
+        partial_ptr + cell[:, :, None] * HEAD_DIM + columns[None, None, :],
+        mask=there[:, :, None] & (columns < HEAD_DIM)[None, None, :],
+        other=0.0,
+        cache_modifier=".cg",
+    )
+    maximum = tl.load(maximum_ptr + cell, mask=there, other=-1.0e30, cache_modifier=".cg")
+    total = tl.load(total_ptr + cell, mask=there, other=0.0, cache_modifier=".cg")
+    weight = tl.exp2(maximum - tl.max(maximum, 1)[:, None])
+    # At least 1 in a real line; lines that only fill up the tile have nothing to divide.
+    norm = tl.maximum(tl.sum(weight * total, 1), 1.0e-30)
+    summed = tl.sum(partial * weight[:, :, None], 1) / norm[:, None]
+    at = out_ptr + (first_line + lines)[:, None] * HEAD_DIM + columns[None, :]
+    inside = real[:, None] & (columns < HEAD_DIM)[None, :]
+    tl.store(at, summed.to(out_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,173 @@
+"""KV pages on an accelerator: the producer opens the consumer's memory and copies on a side stream.
+
+The copies of a layer wait on the device for the kernels that wrote it, so that neither the engine's
+thread nor its stream waits for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from pdrelay.core.kv_layout import contiguous_runs
+from pdrelay.errors import TransportError
+from pdrelay.integrations.vllm.page_layout import LayerLayout, PageLayout
+from pdrelay.integrations.vllm.pages import Fence, PassedFence
+from pdrelay.transport.device import Copy, Device, Event, Run
+
+
+@dataclass(frozen=True)
+class Region:
+    """One region of the layout: at `address`, which is `offset` into an allocation of
+    `allocation_bytes` that `handle` names."""
+
+    address: int
+    handle: bytes
+    allocation_bytes: int
+    offset: int
+
+
+class SharedRegion(msgspec.Struct, frozen=True):
+    """A Region as a consumer tells it."""
+
+    handle: bytes
+    allocation_bytes: int
+    offset: int
+
+
+class DeviceKVPages:
+    """`bind_thread` makes the device current on the calling thread, `on_compute_stream` tells the
+    device which stream the engine launches on now; neither does anything on a fake."""
+
+    transport = "cuda_ipc"
+
+    def __init__(
+        self,
+        layout: PageLayout,
+        device: Device,
+        regions: Sequence[Region],
+        *,
+        bind_thread: Callable[[], None] = lambda: None,
+        on_compute_stream: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.layout = layout
+        self.device = device
+        self.addresses = [region.address for region in regions]
+        self.bind_thread = bind_thread
+        self._regions = regions
+        self._on_compute_stream = on_compute_stream
+        self.written: Event | None = None  # behind the KV that may be read
+        self.last_copy: Copy | None = None  # the side stream is in order: behind all others
+
+    def handles(self) -> tuple[list[bytes], tuple[int, ...]]:
+        shared = [
+            SharedRegion(region.handle, region.allocation_bytes, region.offset)
+            for region in self._regions
+        ]
+        return [msgspec.msgpack.encode(region) for region in shared], ()
+
+    def open(self, layout: PageLayout, handles: list[bytes], fds: Sequence[int]) -> DeviceWriter:
+        if fds:
+            raise TransportError("device memory needs no file descriptors")
+        try:
+            regions = [msgspec.msgpack.decode(handle, type=SharedRegion) for handle in handles]
+        except msgspec.MsgspecError as error:
+            raise TransportError(f"the consumer's memory handles are damaged: {error}") from error
+        self.bind_thread()
+        return DeviceWriter(self, layout, regions)
+
+    def kv_written(self) -> None:
+        self._on_compute_stream()
+        self.written = self.device.launched()
+
+    def before_overwrite(self) -> None:
+        """Rare (a preempted or aborted prefill), and at most as long as the copies in flight."""
+        if self.last_copy is not None and not self.last_copy.done():
+            self.last_copy.wait()
+
+    def close(self) -> None:
+        self.device.close()
+
+
+class DeviceWriter:
+    def __init__(
+        self, pages: DeviceKVPages, layout: PageLayout, regions: Sequence[SharedRegion]
+    ) -> None:
+        """Raises TransportError."""
+        self._pages = pages
+        self._target = layout
+        self._mapped: dict[bytes, int] = {}  # a handle may name several regions
+        self._last_copy: Copy | None = None
+        if len(regions) != len(layout.region_bytes):
+            raise TransportError("one memory handle a region is due")
+        for region, num_bytes in zip(regions, layout.region_bytes, strict=True):
+            if region.offset < 0 or region.offset + num_bytes > region.allocation_bytes:
+                raise TransportError("a region lies outside its allocation")
+        try:
+            self._addresses = [self._map(region) + region.offset for region in regions]
+        except TransportError:
+            self.close()
+            raise
+
+    def _map(self, region: SharedRegion) -> int:
+        address = self._mapped.get(region.handle)
+        if address is None:
+            address = self._pages.device.open_peer(region.handle, region.allocation_bytes)
+            self._mapped[region.handle] = address
+        return address
+
+    def write(self, layer: int, src_blocks: Sequence[int], dst_blocks: Sequence[int]) -> int:
+        pages = self._pages
+        source, target = pages.layout.layers[layer], self._target.layers[layer]
+        runs = layer_runs(
+            source,
+            pages.addresses[source.region],
+            target,
+            self._addresses[target.region],
+            src_blocks,
+            dst_blocks,
+        )
+        if runs:
+            pages.bind_thread()
+            self._last_copy = pages.last_copy = pages.device.copy(runs, pages.written)
+        return len(runs)
+
+    def fence(self) -> Fence:
+        return self._last_copy or PassedFence()
+
+    def close(self) -> None:
+        if self._mapped:
+            self._pages.bind_thread()
+        for address in self._mapped.values():
+            self._pages.device.close_peer(address)
+        self._mapped.clear()
+
+
+def layer_runs(
+    source: LayerLayout,
+    source_at: int,
+    target: LayerLayout,
+    target_at: int,
+    src_blocks: Sequence[int],
+    dst_blocks: Sequence[int],
+) -> list[Run]:
+    """One layer of blocks in as few contiguous copies as there are. `*_at`: region addresses.
+
+    Consecutive blocks make one copy only where a plane's blocks touch on both sides.
+    """
+    runs = []
+    for a, b in zip(source.planes, target.planes, strict=True):
+        size = a.num_bytes
+        touching = a.block_stride == b.block_stride == size
+        for src, dst, n in contiguous_runs(src_blocks, dst_blocks):
+            from_, to = source_at + a.offset, target_at + b.offset
+            if touching:
+                runs.append(Run(to + dst * size, from_ + src * size, n * size))
+                continue
+            runs.extend(
+                Run(to + (dst + i) * b.block_stride, from_ + (src + i) * a.block_stride, size)
+                for i in range(n)
+            )
+    return runs

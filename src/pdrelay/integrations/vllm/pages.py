@@ -1,0 +1,69 @@
+"""The seam between the hand-over's protocol and the memory that it moves.
+
+The engine computes into its own pages and, on a GPU, ahead of the host: what `kv_written` marks
+is complete for a writer even though the device may still be working on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from pdrelay.integrations.vllm.page_layout import PageLayout
+
+
+class Fence(Protocol):
+    """A point in a writer's work."""
+
+    def done(self) -> bool:
+        """Whether everything written before it has landed. Never blocks."""
+
+    def wait(self) -> None:
+        """Block until `done`, without holding the interpreter's lock."""
+
+
+class PageWriter(Protocol):
+    """A producer's way into one consumer's pages. Used under the producer's lock."""
+
+    def write(self, layer: int, src_blocks: Sequence[int], dst_blocks: Sequence[int]) -> int:
+        """Copy one layer of blocks; returns the number of contiguous pieces.
+
+        Raises TransportError when the consumer's pages cannot be reached any more.
+        """
+
+    def fence(self) -> Fence: ...
+
+    def close(self) -> None:
+        """Let go of the consumer's pages. All fences are done by then."""
+
+
+class Pages(Protocol):
+    """One rank's registered KV cache."""
+
+    transport: str
+    layout: PageLayout
+
+    def handles(self) -> tuple[list[bytes], tuple[int, ...]]:
+        """What a producer's `open` needs; the file descriptors stay open here."""
+
+    def open(self, layout: PageLayout, handles: list[bytes], fds: Sequence[int]) -> PageWriter:
+        """Reach a consumer's pages. Takes over `fds`. Raises TransportError."""
+
+    def kv_written(self) -> None:
+        """Engine's thread: all KV it has issued so far may be read by later writes."""
+
+    def before_overwrite(self) -> None:
+        """Engine's thread: what it issues from now on may overwrite pages that were written from;
+        order it behind the copies in flight."""
+
+    def close(self) -> None: ...
+
+
+class PassedFence:
+    """The fence of a writer whose copies are complete when `write` returns."""
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        return

@@ -1,0 +1,542 @@
+"""The producer rank's side: pushes prompts' KV into consumers' blocks while prefill computes it.
+
+No thread and no clock of its own. Not thread-safe: `service.py` shares one lock between the
+engine's thread (begin_step, layer_written, end_step, take_finished) and the one that polls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from pdrelay.core.channel import Channel
+from pdrelay.core.clock import Clock
+from pdrelay.core.hand_over import HandOver, Piece
+from pdrelay.errors import ConfigError, ProtocolError, TransportError
+from pdrelay.integrations.vllm.listener import listen
+from pdrelay.integrations.vllm.messages import (
+    PROTOCOL,
+    Announce,
+    Ask,
+    Cancel,
+    Closed,
+    Done,
+    Failed,
+    FromConsumer,
+    Hello,
+    Refused,
+    Welcome,
+)
+from pdrelay.integrations.vllm.page_layout import check_inside, check_same_pages
+from pdrelay.integrations.vllm.pages import Fence, Pages, PageWriter
+from pdrelay.integrations.vllm.stats import HandOverStats
+from pdrelay.integrations.vllm.step import Chunk, StepPlan
+
+_log = logging.getLogger(__name__)
+
+_MAX_ENDED = 4096  # transfers whose end is remembered for a late consumer
+
+
+@dataclass
+class Early:
+    """An announcement that came before the prefill."""
+
+    announce: Announce
+    deadline_ns: int
+
+
+@dataclass(eq=False)
+class Link:
+    """One consumer rank that has connected. Its pages are opened for its first transfer and not
+    before: a driver call between a starting engine's graph captures would spoil them."""
+
+    channel: Channel[FromConsumer]
+    name: str = "a consumer"
+    hello: Hello | None = None
+    fds: tuple[int, ...] = ()  # of its Hello, until its pages are opened
+    writer: PageWriter | None = None
+    early: dict[str, Early] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Outgoing:
+    """One prompt on its way. `ended`: nothing more will be stored, and all that was has landed."""
+
+    request_id: str
+    transfer_id: str
+    num_tokens: int
+    digest: bytes
+    hand_over: HandOver
+    blocks: list[int] = field(default_factory=list)
+    link: Link | None = None
+    fence: Fence | None = None  # behind the last store
+    verdict: Done | Failed | Closed | None = None  # to be sent when `fence` has passed
+    ended: bool = False
+    held: bool = False  # vLLM waits for us to free the blocks
+    lease_end_ns: int = 0  # while held and not announced
+    num_pages: int = 0
+    num_pieces: int = 0
+    start_ns: int = 0
+    end_ns: int = 0
+    busy_ns: int = 0
+
+
+class Producer:
+    def __init__(
+        self,
+        *,
+        pages: Pages,
+        address: str,
+        instance: str,
+        rank: int,
+        num_ranks: int,
+        lease_s: float,
+        clock: Clock,
+    ) -> None:
+        """Listen at `address`. Raises ConfigError when that cannot be."""
+        self._pages = pages
+        self._address = address
+        self._instance = instance
+        self._rank = (rank, num_ranks)
+        self._lease_ns = int(lease_s * 1e9)
+        self._clock = clock
+        self._listener = listen(address)
+        self._links: list[Link] = []
+        self._by_request: dict[str, Outgoing] = {}
+        self._by_transfer: dict[str, Outgoing] = {}
+        self._ended: dict[str, str] = {}  # transfer -> why nothing comes of it
+        self._closing: list[Outgoing] = []  # whose verdict waits for a fence
+        self._finished: set[str] = set()
+        self._chunks: list[Chunk] = []
+        self._written: set[int] = set()  # layers of this step
+        self._abandoned = False
+        self.stats = HandOverStats()
+
+    # ---- the engine's thread
+
+    def begin_step(self, plan: StepPlan) -> None:
+        """Apply what the scheduler decided, before the step's forward."""
+        if plan.rewound or plan.dropped:
+            self._pages.before_overwrite()
+        for request_id in plan.rewound:
+            outgoing = self._by_request.get(request_id)
+            if outgoing is not None:
+                outgoing.hand_over.rewind()
+                outgoing.blocks = []
+        for request_id, reason in plan.dropped.items():
+            outgoing = self._by_request.pop(request_id, None)
+            if outgoing is not None:
+                self._give_up(outgoing, reason)
+        for transfer_id, reason in plan.refused.items():
+            self._refuse(transfer_id, reason)
+        for request_id in plan.held:
+            self._hold(request_id)
+        for chunk in plan.chunks:
+            self._add(chunk)
+        self._chunks = plan.chunks
+        self._written.clear()
+
+    def layer_written(self, layer: int) -> None:
+        """The step's KV of `layer` is issued: send the blocks that it completes."""
+        if not self._chunks or layer in self._written:
+            return
+        self._written.add(layer)
+        self._pages.kv_written()
+        for chunk in self._chunks:
+            outgoing = self._by_request.get(chunk.request_id)
+            if outgoing is None or outgoing.verdict is not None or outgoing.ended:
+                continue
+            last = chunk.num_ready >= outgoing.num_tokens
+            complete = chunk.num_ready // self._pages.layout.block_size
+            ready = outgoing.hand_over.num_blocks if last else complete
+            self._send(outgoing, outgoing.hand_over.mark_ready(layer, ready))
+
+    def end_step(self) -> None:
+        """The forward is issued: layers that did not report (graph replay) are written too."""
+        for layer in range(len(self._pages.layout.layers)):
+            self.layer_written(layer)
+        self._chunks = []
+
+    def take_finished(self) -> set[str]:
+        """Held requests whose blocks are free to go, each once."""
+        finished, self._finished = self._finished, set()
+        return finished
+
+    # ---- the thread that polls
+
+    def filenos(self) -> list[int]:
+        """Become readable when there is something to poll for. Empty once abandoned."""
+        if self._abandoned:
+            return []
+        return [self._listener.fileno(), *(link.channel.fileno() for link in self._open_links())]
+
+    def writable_filenos(self) -> list[int]:
+        return [link.channel.fileno() for link in self._open_links() if link.channel.has_pending]
+
+    def _open_links(self) -> list[Link]:
+        return [link for link in self._links if not link.channel.closed]
+
+    def open_fences(self) -> list[Fence]:
+        return [out.fence for out in self._closing if out.fence is not None]
+
+    def next_deadline_ns(self) -> int | None:
+        ends = [out.lease_end_ns for out in self._by_request.values() if self._on_lease(out)]
+        ends += [early.deadline_ns for link in self._links for early in link.early.values()]
+        return min(ends, default=None)
+
+    def poll(self) -> None:
+        """Read what consumers say, tell them what has landed, enforce leases. Never blocks."""
+        if self._abandoned:
+            return
+        self._accept()
+        for link in list(self._links):
+            self._read(link)
+        for outgoing in list(self._closing):
+            if outgoing.fence is None or outgoing.fence.done():
+                self._end(outgoing)
+        self._expire(self._clock())
+        for link in list(self._links):
+            if link.channel.closed:
+                self._lose(link)
+
+    def close(self) -> None:
+        """Stop handing over: consumers see the sockets end, held blocks are freed."""
+        if self._abandoned:
+            return
+        self._abandoned = True
+        outgoings = [*self._by_request.values(), *self._closing]
+        for outgoing in outgoings:
+            if outgoing.fence is not None:
+                outgoing.fence.wait()
+            elif outgoing.link is not None and outgoing.link.writer is not None:
+                outgoing.link.writer.fence().wait()
+        for link in self._links:
+            self._close_link(link)
+        self._links.clear()
+        self._closing.clear()
+        for outgoing in outgoings:
+            outgoing.ended, outgoing.link = True, None
+            self._free(outgoing)
+        self._listener.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._address)
+
+    # ---- requests
+
+    def _add(self, chunk: Chunk) -> None:
+        outgoing = self._by_request.get(chunk.request_id)
+        if outgoing is None:
+            outgoing = self._begin(chunk)
+        outgoing.blocks = chunk.blocks
+
+    def _begin(self, chunk: Chunk) -> Outgoing:
+        layout = self._pages.layout
+        num_blocks = -(-chunk.num_tokens // layout.block_size)
+        outgoing = Outgoing(
+            chunk.request_id,
+            chunk.transfer_id,
+            chunk.num_tokens,
+            chunk.digest,
+            HandOver(len(layout.layers), num_blocks, needs_slots=True),
+        )
+        outgoing.hand_over.link_ready()
+        self._by_request[chunk.request_id] = outgoing
+        if self._abandoned:
+            outgoing.ended = True
+            return outgoing
+        if chunk.transfer_id in self._by_transfer or chunk.transfer_id in self._ended:
+            _log.warning("transfer id %s was used before: not handed over", chunk.transfer_id)
+            outgoing.ended = True
+            return outgoing
+        self._by_transfer[chunk.transfer_id] = outgoing
+        for link in self._links:
+            early = link.early.pop(chunk.transfer_id, None)
+            if early is not None:
+                self._match(outgoing, link, early.announce)
+        return outgoing
+
+    def _hold(self, request_id: str) -> None:
+        outgoing = self._by_request.get(request_id)
+        if outgoing is None:
+            self._finished.add(request_id)  # it was given up before
+            return
+        outgoing.held = True
+        outgoing.lease_end_ns = self._clock() + self._lease_ns
+        if outgoing.ended:
+            self._free(outgoing)
+        elif outgoing.verdict is None and not outgoing.hand_over.all_ready:
+            self._give_up(outgoing, "the producer preempted it after its prefill")
+
+    def _refuse(self, transfer_id: str, reason: str) -> None:
+        """There will be no prefill of this transfer."""
+        if transfer_id in self._by_transfer or transfer_id in self._ended:
+            return
+        self._remember(transfer_id, reason)
+        for link in self._links:
+            if link.early.pop(transfer_id, None) is not None:
+                link.channel.send(Failed(transfer_id, reason))
+
+    def _free(self, outgoing: Outgoing) -> None:
+        """Its blocks are not needed any more."""
+        if outgoing.held and self._by_request.pop(outgoing.request_id, None) is not None:
+            self._finished.add(outgoing.request_id)
+
+    def _on_lease(self, outgoing: Outgoing) -> bool:
+        return outgoing.held and outgoing.link is None and not outgoing.ended
+
+    def _expire(self, now_ns: int) -> None:
+        for outgoing in list(self._by_request.values()):
+            if self._on_lease(outgoing) and now_ns >= outgoing.lease_end_ns:
+                self.stats.num_expired += 1
+                _log.warning("nobody asked for transfer %s: freed", outgoing.transfer_id)
+                self._give_up(outgoing, "the producer's lease has ended: nobody asked for it")
+        for link in self._links:
+            for transfer_id, early in list(link.early.items()):
+                if now_ns >= early.deadline_ns:
+                    del link.early[transfer_id]
+                    reason = "the producer got no such request"
+                    link.channel.send(Failed(transfer_id, reason))
+
+    # ---- one transfer
+
+    def _match(self, outgoing: Outgoing, link: Link, announce: Announce) -> None:
+        reason = self._mismatch(outgoing, link, announce)
+        if reason:
+            link.channel.send(Failed(announce.transfer_id, reason))
+            return
+        if not self._open(link):
+            return
+        outgoing.link = link
+        hand_over = outgoing.hand_over
+        first = min(announce.first_block, hand_over.num_blocks)
+        blocks = announce.blocks[: hand_over.num_blocks - first]
+        self._send(outgoing, hand_over.set_slots(first, blocks))
+
+    def _open(self, link: Link) -> bool:
+        """Reach the consumer's pages, if that was not done yet; refuse it if that fails."""
+        if link.writer is not None:
+            return True
+        hello, fds = link.hello, link.fds
+        assert hello is not None
+        link.fds = ()
+        try:
+            link.writer = self._pages.open(hello.layout, hello.handles, fds)
+        except TransportError as error:
+            self._refuse_link(link, error)
+            return False
+        return True
+
+    def _mismatch(self, outgoing: Outgoing, link: Link, announce: Announce) -> str:
+        """Why `announce` cannot have the prompt's KV; empty if it can."""
+        if outgoing.link is not None:
+            return "another consumer has it"
+        ahead = announce.num_tokens - outgoing.num_tokens
+        if not 0 <= ahead < len(announce.digests) or announce.digests[ahead] != outgoing.digest:
+            return "the prompts at producer and consumer differ"
+        num_blocks = -(-announce.num_tokens // self._pages.layout.block_size)
+        if announce.first_block < 0 or announce.first_block + len(announce.blocks) != num_blocks:
+            return "the announced blocks do not fit the prompt"
+        assert link.hello is not None
+        end = link.hello.layout.num_blocks
+        if any(not 0 <= block < end for block in announce.blocks):
+            return "an announced block does not exist"
+        return ""
+
+    def _send(self, outgoing: Outgoing, pieces: Sequence[Piece]) -> None:
+        link = outgoing.link
+        if link is None or link.writer is None:
+            return
+        start_ns = self._clock()
+        try:
+            for piece in pieces:
+                src = outgoing.blocks[piece.start : piece.stop]
+                dst = outgoing.hand_over.destinations(piece)
+                outgoing.num_pieces += link.writer.write(piece.layer, src, dst)
+                outgoing.num_pages += len(src)
+                self.stats.num_bytes += len(src) * self._layer_bytes(piece.layer)
+        except TransportError as error:
+            self._give_up(outgoing, f"the producer cannot store: {error}")
+            return
+        if pieces:
+            outgoing.start_ns = outgoing.start_ns or start_ns
+            outgoing.end_ns = self._clock()
+            outgoing.busy_ns += outgoing.end_ns - start_ns
+        if outgoing.hand_over.all_sent:
+            self._conclude(outgoing, self._done(outgoing))
+
+    def _layer_bytes(self, layer: int) -> int:
+        return self._pages.layout.layers[layer].block_bytes
+
+    def _done(self, outgoing: Outgoing) -> Done:
+        layout = self._pages.layout
+        num_blocks = len(outgoing.hand_over.dst_blocks)
+        return Done(
+            transfer_id=outgoing.transfer_id,
+            num_tokens=outgoing.num_tokens,
+            num_bytes=num_blocks * layout.block_bytes,
+            num_pieces=outgoing.num_pieces,
+            start_ns=outgoing.start_ns,
+            end_ns=outgoing.end_ns,
+            busy_ns=outgoing.busy_ns,
+        )
+
+    def _give_up(self, outgoing: Outgoing, reason: str) -> None:
+        if outgoing.ended or outgoing.verdict is not None:
+            return
+        self.stats.num_failed += 1
+        self._conclude(outgoing, Failed(outgoing.transfer_id, reason))
+
+    def _conclude(self, outgoing: Outgoing, verdict: Done | Failed | Closed) -> None:
+        """Store nothing more; say so, and free the blocks, once what was stored has landed."""
+        assert outgoing.verdict is None and not outgoing.ended
+        outgoing.verdict = verdict
+        link = outgoing.link
+        if link is not None and link.writer is not None and outgoing.num_pieces:
+            outgoing.fence = link.writer.fence()
+        if outgoing.fence is None or outgoing.fence.done():
+            self._end(outgoing)
+        else:
+            self._closing.append(outgoing)
+
+    def _end(self, outgoing: Outgoing) -> None:
+        verdict, link = outgoing.verdict, outgoing.link
+        assert verdict is not None
+        outgoing.ended = True
+        if outgoing in self._closing:
+            self._closing.remove(outgoing)
+        if self._by_transfer.get(outgoing.transfer_id) is outgoing:
+            del self._by_transfer[outgoing.transfer_id]
+        if isinstance(verdict, Done):
+            self._remember(outgoing.transfer_id, "it was handed over before")
+            self.stats.observe(verdict)
+        else:
+            self._remember(outgoing.transfer_id, getattr(verdict, "reason", "it was cancelled"))
+        if link is not None:
+            link.channel.send(verdict)
+        self._free(outgoing)
+
+    def _remember(self, transfer_id: str, reason: str) -> None:
+        self._ended[transfer_id] = reason
+        while len(self._ended) > _MAX_ENDED:
+            del self._ended[next(iter(self._ended))]
+
+    # ---- consumers
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except (BlockingIOError, InterruptedError):
+                return
+            self._links.append(Link(Channel(sock, FromConsumer)))
+
+    def _read(self, link: Link) -> None:
+        link.channel.flush()
+        try:
+            messages = link.channel.receive()
+            for message in messages:
+                self._on_message(link, message)
+        except (ProtocolError, ConfigError) as error:
+            self._refuse_link(link, error)
+
+    def _refuse_link(self, link: Link, error: Exception) -> None:
+        _log.warning("%s is refused: %s", link.name, error)
+        link.channel.send(Refused(str(error)))
+        link.channel.close()
+
+    def _on_message(self, link: Link, message: FromConsumer) -> None:
+        if isinstance(message, Hello):
+            self._on_hello(link, message)
+            return
+        if link.hello is None:
+            raise ProtocolError("a consumer must say Hello first")
+        match message:
+            case Ask(transfer_id):
+                self._on_ask(link, transfer_id)
+            case Announce():
+                self._on_announce(link, message)
+            case Cancel(transfer_id):
+                self._on_cancel(link, transfer_id)
+
+    def _on_hello(self, link: Link, hello: Hello) -> None:
+        if link.hello is not None:
+            raise ProtocolError("a consumer says Hello once")
+        self._check(hello)
+        link.hello, link.name = hello, hello.instance
+        link.fds = tuple(link.channel.received_fds)
+        link.channel.received_fds.clear()
+        link.channel.send(Welcome(self._instance))
+
+    def _check(self, hello: Hello) -> None:
+        if hello.protocol != PROTOCOL:
+            raise ConfigError(
+                f"the consumer's pdrelay speaks hand-over protocol {hello.protocol}, the "
+                f"producer's {PROTOCOL}: install the same version on both sides"
+            )
+        if (hello.rank, hello.num_ranks) != self._rank:
+            raise ConfigError(
+                f"the consumer has {hello.num_ranks} tensor-parallel ranks, the producer "
+                f"{self._rank[1]}: start both with the same --tensor-parallel-size"
+            )
+        if hello.transport != self._pages.transport:
+            raise ConfigError(
+                f"the consumer moves KV by {hello.transport}, the producer by "
+                f"{self._pages.transport}: set the same transport on both sides"
+            )
+        check_inside(hello.layout)
+        check_same_pages(self._pages.layout, hello.layout)
+
+    def _on_ask(self, link: Link, transfer_id: str) -> None:
+        deadline_ns = self._clock() + self._lease_ns
+        outgoing = self._by_transfer.get(transfer_id)
+        if outgoing is not None:
+            outgoing.lease_end_ns = deadline_ns
+        early = link.early.get(transfer_id)
+        if early is not None:
+            early.deadline_ns = deadline_ns
+
+    def _on_announce(self, link: Link, announce: Announce) -> None:
+        outgoing = self._by_transfer.get(announce.transfer_id)
+        ended = self._ended.get(announce.transfer_id)
+        if outgoing is not None and outgoing.verdict is None:
+            self._match(outgoing, link, announce)
+        elif ended is not None or outgoing is not None:
+            link.channel.send(Failed(announce.transfer_id, ended or "the producer gave it up"))
+        else:
+            deadline_ns = self._clock() + self._lease_ns
+            link.early[announce.transfer_id] = Early(announce, deadline_ns)
+
+    def _on_cancel(self, link: Link, transfer_id: str) -> None:
+        link.early.pop(transfer_id, None)
+        outgoing = self._by_transfer.get(transfer_id)
+        if outgoing is None:
+            # Its prefill may be yet to come: then it need not be kept.
+            self._remember(transfer_id, self._ended.get(transfer_id, "it was cancelled"))
+        elif outgoing.link in (None, link):
+            if outgoing.verdict is None:
+                outgoing.link = link
+                self._conclude(outgoing, Closed(transfer_id))
+            return  # else its verdict is on the way, which answers as well
+        link.channel.send(Closed(transfer_id))
+
+    def _lose(self, link: Link) -> None:
+        """A consumer is gone: once fences have passed, nothing more is stored into its memory."""
+        for outgoing in [out for out in self._by_request.values() if out.link is link]:
+            if outgoing.verdict is None and not outgoing.ended:
+                self._give_up(outgoing, "the consumer is gone")
+        if any(out.link is link for out in self._closing):
+            return  # its pages stay open until then; poll comes back
+        self._links.remove(link)
+        self._close_link(link)
+
+    def _close_link(self, link: Link) -> None:
+        for fd in (*link.fds, *link.channel.received_fds):
+            os.close(fd)
+        link.fds = ()
+        link.channel.received_fds.clear()
+        link.channel.close()
+        if link.writer is not None:
+            link.writer.close()

@@ -1,0 +1,117 @@
+"""A producer with its thread: consumers are answered and late blocks pushed between steps too."""
+
+from __future__ import annotations
+
+import logging
+import select
+import socket
+import threading
+
+from pdrelay.core.clock import Clock
+from pdrelay.integrations.vllm.producer import Producer
+from pdrelay.integrations.vllm.step import StepPlan
+
+_log = logging.getLogger(__name__)
+
+_JOIN_S = 5.0
+
+
+class ProducerService:
+    """The engine's view of a Producer. Every method but `close` is short."""
+
+    def __init__(self, producer: Producer, clock: Clock) -> None:
+        self._producer = producer
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._busy = False  # whether the step has chunks; engine's thread only
+        self._closed = False
+        self._wake_in, self._wake_out = socket.socketpair()
+        self._wake_in.setblocking(False)
+        self._wake_out.setblocking(False)
+        self._thread = threading.Thread(target=self._run, name="pdrelay-producer", daemon=True)
+        self._thread.start()
+
+    def begin_step(self, plan: StepPlan) -> None:
+        self._busy = bool(plan.chunks)
+        if self._busy or plan.rewound or plan.dropped or plan.refused or plan.held:
+            with self._lock:
+                self._producer.begin_step(plan)
+            self._wake()
+
+    def layer_written(self, layer: int) -> None:
+        if self._busy:
+            with self._lock:
+                self._producer.layer_written(layer)
+
+    def end_step(self) -> None:
+        if self._busy:
+            self._busy = False
+            with self._lock:
+                self._producer.end_step()
+            self._wake()
+
+    def take_finished(self) -> set[str]:
+        with self._lock:
+            return self._producer.take_finished()
+
+    def take_stats(self) -> dict[str, int]:
+        with self._lock:
+            return self._producer.stats.take()
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._wake()
+        self._thread.join(_JOIN_S)
+        with self._lock:
+            self._producer.close()
+        self._wake_in.close()
+        self._wake_out.close()
+
+    def _wake(self) -> None:
+        try:
+            self._wake_in.send(b"\0")
+        except BlockingIOError:
+            return  # it is about to wake
+
+    def _run(self) -> None:
+        while not self._closed:
+            try:
+                self._turn()
+            except Exception:
+                _log.exception("pdrelay hands over no KV any more: restart this instance")
+                with self._lock:
+                    self._producer.close()
+                return
+
+    def _turn(self) -> None:
+        with self._lock:
+            reading = [*self._producer.filenos(), self._wake_out.fileno()]
+            writing = self._producer.writable_filenos()
+            fences = self._producer.open_fences()
+            deadline_ns = self._producer.next_deadline_ns()
+        if fences:
+            fences[0].wait()
+        else:
+            self._wait(reading, writing, deadline_ns)
+        with self._lock:
+            if not self._closed:
+                self._producer.poll()
+
+    def _wait(self, reading: list[int], writing: list[int], deadline_ns: int | None) -> None:
+        timeout_ms = None
+        if deadline_ns is not None:
+            timeout_ms = max(0.0, (deadline_ns - self._clock()) / 1e6) + 1
+        poller = select.poll()
+        for fd in reading:
+            poller.register(fd, select.POLLIN)
+        for fd in writing:
+            poller.register(fd, select.POLLIN | select.POLLOUT)
+        poller.poll(timeout_ms)
+        try:
+            while self._wake_out.recv(4096):
+                pass
+        except BlockingIOError:
+            return

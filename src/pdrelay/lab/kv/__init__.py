@@ -1,0 +1,1 @@
+"""`pdrelay kv`: what a hand-over costs, measured and predicted."""

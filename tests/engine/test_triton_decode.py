@@ -1,0 +1,117 @@
+"""Paged split-KV decode attention in Triton, against attention written out in float64."""
+
+import pytest
+import torch
+from triton_harness import DEVICE, ON_GPU, randn, relative_error
+
+from pdrelay.engine.kernels.triton.attention_decode import (
+    DecodeWorkspace,
+    paged_decode,
+    split_rule,
+)
+
+
+def make_batch(seq_lens, num_kv_heads, head_dim, block_size, dtype=torch.bfloat16):
+    """A pool whose unused places are NaN, block tables in random order, and the dense K and V."""
+    width = max(1, -(-max(seq_lens) // block_size)) + 1
+    num_blocks = len(seq_lens) * width
+    pool = torch.full(
+        (num_blocks, 2, block_size, num_kv_heads, head_dim), torch.nan, dtype=dtype, device=DEVICE
+    )
+    tables = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(1))
+    tables = tables.view(len(seq_lens), width).to(DEVICE, torch.int32)
+    dense = []
+    for row, length in enumerate(seq_lens):
+        kv = randn(2, length, num_kv_heads, head_dim, dtype=dtype, seed=10 + row)
+        for position in range(length):
+            block = tables[row, position // block_size]
+            pool[block, :, position % block_size] = kv[:, position]
+        used = -(-length // block_size)
+        tables[row, used:] = 2**30  # no block: must not be read
+        dense.append(kv)
+    return pool, tables, torch.tensor(seq_lens, dtype=torch.int32, device=DEVICE), dense
+
+
+def reference(q, dense, num_heads, head_dim, scale):
+    rows = []
+    for query, kv in zip(q, dense, strict=True):
+        k, v = (t.double().repeat_interleave(num_heads // kv.shape[2], dim=1) for t in kv)
+        scores = torch.einsum("hd,khd->hk", query.double().view(num_heads, head_dim), k) * scale
+        weights = scores.softmax(dim=-1) if kv.shape[1] else scores
+        rows.append(torch.einsum("hk,khd->hd", weights, v).flatten())
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("num_splits", [1, 4])
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim", "block_size"),
+    [(8, 2, 64, 16), (4, 4, 16, 64), (5, 1, 32, 128)],
+)
+def test_paged_decode(num_heads, num_kv_heads, head_dim, block_size, num_splits, fused):
+    seq_lens = [1, 0, 64, 130]
+    pool, tables, lens, dense = make_batch(seq_lens, num_kv_heads, head_dim, block_size)
+    q = randn(len(seq_lens), num_heads * head_dim + 96)[:, : num_heads * head_dim]
+    workspace = DecodeWorkspace(8, num_heads, head_dim, DEVICE, 8)
+    scale = head_dim**-0.5
+    for _ in range(2):  # the workspace is as good the second time
+        out = torch.full((len(seq_lens), num_heads * head_dim), torch.nan).to(q)
+        actual = paged_decode(q, pool, tables, lens, scale, out, workspace, num_splits, fused=fused)
+        assert actual is out
+        wanted = reference(q, dense, num_heads, head_dim, scale)
+        assert not actual[1].any()
+        assert relative_error(actual, wanted) < 1e-2
+
+
+def test_float32_is_exact_to_its_own_precision():
+    pool, tables, lens, dense = make_batch([7, 150], 2, 32, 16, torch.float32)
+    q = randn(2, 4 * 32, dtype=torch.float32)
+    actual = paged_decode(q, pool, tables, lens, 0.2, num_splits=4)
+    assert relative_error(actual, reference(q, dense, 4, 32, 0.2)) < 1e-5
+
+
+def test_a_row_has_the_same_bits_in_any_batch():
+    seq_lens = [130, 3, 77, 64]
+    pool, tables, lens, _ = make_batch(seq_lens, 2, 32, 16)
+    q = randn(4, 8 * 32)
+    together = paged_decode(q, pool, tables, lens, 0.2, num_splits=4)
+    for row in range(4):
+        part = slice(row, row + 1)
+        alone = paged_decode(q[part], pool, tables[part], lens[part], 0.2, num_splits=4)
+        assert torch.equal(together[part], alone)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
+def test_a_graph_stays_valid_while_lengths_change():
+    pool, tables, lens, dense = make_batch([300, 200], 2, 64, 16)
+    q, workspace = randn(2, 8 * 64), DecodeWorkspace(2, 8, 64, DEVICE)
+    out = paged_decode(q, pool, tables, lens, 0.125, None, workspace, 8)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        paged_decode(q, pool, tables, lens, 0.125, out, workspace, 8)
+    for lengths in ([1, 200], [0, 64], [300, 129]):
+        lens.copy_(torch.tensor(lengths))
+        graph.replay()
+        torch.cuda.synchronize()
+        cut = [kv[:, :n] for kv, n in zip(dense, lengths, strict=True)]
+        assert relative_error(out, reference(q, cut, 8, 64, 0.125)) < 1e-2
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8, 64, 256])
+@pytest.mark.parametrize("num_kv_heads", [1, 4, 8])
+@pytest.mark.parametrize("max_seq_len", [1, 64, 65, 4096, 131072])
+def test_split_rule(batch, num_kv_heads, max_seq_len):
+    splits = split_rule(batch, num_kv_heads, max_seq_len, 132)
+    assert splits in (1, 2, 4, 8, 16, 32)
+    assert splits <= max(1, -(-max_seq_len // 64))
+    programs = batch * num_kv_heads * splits
+    assert programs <= 2 * 132 or splits == 1
+    assert splits == split_rule(batch, num_kv_heads, max_seq_len, 132)
+    # As many as fit: twice as many would be too many programs, too many parts, or no tile each.
+    assert 2 * programs > 2 * 132 or splits == 32 or 2 * splits > -(-max_seq_len // 64)
+
+
+def test_split_rule_of_the_8b_shape():
+    assert split_rule(1, 8, 8192, 132) == 32
+    assert split_rule(1, 8, 512, 132) == 8
+    assert split_rule(32, 8, 8192, 132) == 1
