@@ -134,7 +134,7 @@ async def http_front_door(
             session=http,
             hand_overs=hand_overs,
             ping_interval_s=0.02,
-            answer_timeout_s=1.0,
+            answer_timeout_s=5.0,
         )
         for name, endpoint in endpoints.items()
     }

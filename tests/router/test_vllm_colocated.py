@@ -277,3 +277,23 @@ vllm:num_requests_running_more{engine="0"} 9.0
 """
     stats = read_stats(text, 7)
     assert (stats.num_running, stats.num_prompt_tokens, stats.t_ns) == (5, 1500, 7)
+
+
+async def test_a_server_of_another_kind_never_becomes_ready_and_says_so():
+    async with vllm_front_door() as door:
+        fake, client = door.fakes["replica-0"], door.clients["replica-0"]
+        endpoint = client.endpoint
+        client.close("restarts")
+        fake.model = 7
+        client.connect(endpoint)
+        await until(lambda: "is no vllm server" in client.reason)
+        fake.model = "tiny"
+        await until(lambda: client.alive)
+
+
+async def test_a_bug_in_one_request_is_its_own_error():
+    async with vllm_front_door() as door:
+        door.clients["replica-0"]._api.body = lambda request, leg: 1 / 0
+        status, answer = await door.post("/v1/completions", {"prompt": PROMPT})
+        assert (status, answer["error"]["code"]) == (500, "internal_error")
+        await door.idle()

@@ -31,7 +31,8 @@ class EngineApi(Protocol):
     fact_paths: tuple[str, ...]
     stats_path: str  # "" where there is none
 
-    def read_facts(self, answers: Mapping[str, bytes | None]) -> Facts: ...
+    def read_facts(self, answers: Mapping[str, bytes | None]) -> Facts:
+        """From the bodies of `fact_paths`. Raises ValueError for what is not the engine's."""
 
     def body(self, request: EngineRequest, leg: Leg) -> bytes: ...
 
@@ -56,6 +57,12 @@ class _Version(msgspec.Struct):
     version: str = ""
 
 
+def _first_model(models: bytes | None) -> _Model | None:
+    """Of /v1/models. Raises ValueError (msgspec's) when it is no list of models."""
+    listed = msgspec.json.decode(models, type=_Models).data if models else []
+    return listed[0] if listed else None
+
+
 class VllmApi:
     path: str = vllm_api.COMPLETIONS
     fact_paths: tuple[str, ...] = ("/v1/models", "/version")
@@ -66,7 +73,7 @@ class VllmApi:
 
     def read_facts(self, answers: Mapping[str, bytes | None]) -> Facts:
         models, version = (answers[path] for path in self.fact_paths)
-        first = msgspec.json.decode(models, type=_Models).data[0] if models else None
+        first = _first_model(models)
         if first is not None:
             self._model = first.id
         return Facts(
@@ -95,7 +102,7 @@ class SglangApi:
 
     def read_facts(self, answers: Mapping[str, bytes | None]) -> Facts:
         models, server = (answers[path] for path in self.fact_paths)
-        first = msgspec.json.decode(models, type=_Models).data[0] if models else None
+        first = _first_model(models)
         return Facts(
             model=first.id if first else None,
             max_model_len=first.max_model_len if first else None,

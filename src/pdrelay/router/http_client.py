@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 
@@ -56,6 +57,7 @@ _PROBE_S = 10.0  # for an answer to a probe
 _EVENT_END = b"\n\n"
 _DATA = b"data:"
 _DONE = b"[DONE]"
+_log = logging.getLogger(__name__)
 _MAX_ERROR_BYTES = 1 << 16
 
 
@@ -91,6 +93,7 @@ class HttpEngineClient:
         self._news: StepResult | None = None  # not reported yet
         self._last_heard_s = 0.0
         self._counted_s = 0.0
+        self._refuses = False  # nothing listens there: known without waiting
         self._reason = "is starting"
 
     # ---- EngineClient
@@ -103,6 +106,8 @@ class HttpEngineClient:
     def reason(self) -> str:
         if self.ready is None:
             return self._reason
+        if self._refuses:
+            return "refuses connections"
         silent_s = time.monotonic() - self._last_heard_s
         return f"has not answered for {silent_s:.0f} s" if silent_s > self._answer_timeout_s else ""
 
@@ -167,7 +172,8 @@ class HttpEngineClient:
     async def _watch(self) -> None:
         while not await self._answers("/health"):  # noqa: ASYNC110 (HTTP tells nobody)
             await asyncio.sleep(_START_POLL_S)
-        await self._learn()
+        while not await self._learn():  # noqa: ASYNC110
+            await asyncio.sleep(self._ping_interval_s)
         while True:
             await asyncio.sleep(self._ping_interval_s)
             if await self._answers("/health"):
@@ -195,17 +201,27 @@ class HttpEngineClient:
             async with asyncio.timeout(_PROBE_S):
                 session = self._session.get()
                 url = self.endpoint.url + path
-                async with session.get(url, headers=self._headers) as response:
-                    body = await response.read()
-                    return body if response.status == 200 else None
+                try:
+                    async with session.get(url, headers=self._headers) as response:
+                        self._refuses = False
+                        body = await response.read()
+                        return body if response.status == 200 else None
+                except aiohttp.ClientConnectorError:
+                    self._refuses = True
         return None
 
-    async def _learn(self) -> None:
-        """What the instance says of itself completes what the launcher knew."""
+    async def _learn(self) -> bool:
+        """What the instance says of itself completes what the launcher knew. False when it does
+        not talk like its engine."""
         api = self._api
         assert api is not None
         given = self.endpoint.ready
-        facts = api.read_facts({path: await self._get(path) for path in api.fact_paths})
+        answers = {path: await self._get(path) for path in api.fact_paths}
+        try:
+            facts = api.read_facts(answers)
+        except ValueError as error:
+            self._reason = f"is no {self.endpoint.engine} server: {_one_line(error)}"
+            return False
         resolved = dict(given.resolved)
         if facts.version:
             resolved["engine_version"] = facts.version
@@ -217,6 +233,7 @@ class HttpEngineClient:
             self._observer.report_ready(self.ready)
         if self._listener is not None:
             self._listener.on_ready(self.instance)
+        return True
 
     # ---- calls
 
@@ -237,6 +254,9 @@ class HttpEngineClient:
         except ValueError as error:  # not what the engine should have sent
             text = f"{self.instance} sent what is not understood: {_one_line(error)}"
             self._fail(request_id, RequestError(text))
+        except Exception:  # one request's bug must not leave its client waiting
+            _log.exception("request %s failed at %s", request_id, self.instance)
+            self._fail(request_id, RequestError("internal error in the front door; see its log"))
         finally:
             if self._calls.get(request_id) is asyncio.current_task():
                 del self._calls[request_id]
