@@ -35,7 +35,6 @@ class _Staging:
 
     words: torch.Tensor  # what is uploaded
     sampled: torch.Tensor  # what comes back
-    event: DeviceEvent  # behind both copies
 
 
 def _stagings(accelerator: Accelerator, limits: StepLimits) -> deque[_Staging]:
@@ -44,7 +43,6 @@ def _stagings(accelerator: Accelerator, limits: StepLimits) -> deque[_Staging]:
         _Staging(
             accelerator.pinned(limits.max_words),
             accelerator.pinned(limits.max_num_seqs),
-            accelerator.event(),
         )
         for _ in range(_DEPTH + 1)
     )
@@ -59,16 +57,16 @@ class CudaFollower:
         self, executor: StepExecutor, accelerator: Accelerator, limits: StepLimits
     ) -> None:
         self._executor = executor
-        self._stagings = _stagings(accelerator, limits)
+        self._stagings = [(s, accelerator.event()) for s in _stagings(accelerator, limits)]
 
     def run(self, message: StepMessage) -> None:
-        staging = self._stagings.popleft()
-        staging.event.synchronize()  # its last upload is over
+        staging, uploaded = self._stagings.pop(0)
+        uploaded.synchronize()
         words = np.frombuffer(message.words, dtype=np.int64)
         staging.words.numpy()[: len(words)] = words
         self._executor.run(message.header, staging.words)
-        staging.event.record()
-        self._stagings.append(staging)
+        uploaded.record()
+        self._stagings.append((staging, uploaded))
 
 
 class CudaRunner:
@@ -135,24 +133,30 @@ class CudaRunner:
         count = len(request_ids)
         if count:
             staging.sampled[:count].copy_(self._executor.sampled[:count], non_blocking=True)
-        staging.event.record()
-        self._accelerator.watch(staging.event)
-        return _CudaStep(staging, count, self._free)
+        # An event of its own: the watching thread may still hold an earlier step's.
+        event = self._accelerator.event()
+        event.record()
+        self._accelerator.watch(event)
+        return _CudaStep(staging, event, count, self._free)
 
 
 class _CudaStep:
     """A step on the device."""
 
-    def __init__(self, staging: _Staging, num_sampled: int, free: deque[_Staging]) -> None:
+    def __init__(
+        self, staging: _Staging, event: DeviceEvent, num_sampled: int, free: deque[_Staging]
+    ) -> None:
+        """`event`: behind the step's copies in both directions."""
         self._staging = staging
+        self._event = event
         self._num_sampled = num_sampled
         self._free = free
 
     def done(self) -> bool:
-        return self._staging.event.query()
+        return self._event.query()
 
     def result(self) -> StepTokens:
-        self._staging.event.synchronize()
+        self._event.synchronize()
         token_ids: list[int] = self._staging.sampled[: self._num_sampled].tolist()
         self._free.append(self._staging)
         logprobs: list[TokenLogprobs | None] = [None] * self._num_sampled
