@@ -129,8 +129,8 @@ class Bench:
         return argv
 
     def environment(self, gpu: int) -> dict[str, str]:
-        """Of an instance on GPU `gpu`. It sees its peer's GPU too, which comes second: memory of a
-        GPU that a process does not see cannot be opened in it."""
+        """Of an instance on GPU `gpu`, which it sees first. It sees its peer's too, unless
+        --isolated-gpus: drivers differ in whether memory of an unseen GPU can be opened."""
         env = {**os.environ, "PYTHONPATH": str(SOURCE), "HF_HUB_OFFLINE": "1"}
         env["VLLM_NO_USAGE_STATS"] = "1"
         if self.on_cpu:
@@ -140,7 +140,8 @@ class Bench:
                 "VLLM_CPU_KVCACHE_SPACE": "1",
             }
         else:
-            seen = [gpu, *(i for i in range(self.num_gpus) if i != gpu)]
+            others = [] if self.args.isolated_gpus else range(self.num_gpus)
+            seen = [gpu, *(i for i in others if i != gpu)]
             env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, seen))
             env["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(free_port())
             env["UCX_TLS"] = "all"
@@ -451,6 +452,7 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=11)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--nixl", action="store_true", help="measure NixlConnector too")
+    parser.add_argument("--isolated-gpus", action="store_true", help="each sees its own GPU only")
     parser.add_argument("--engine-args", nargs=argparse.REMAINDER, default=[], help="for vLLM")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
