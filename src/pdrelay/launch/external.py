@@ -22,7 +22,7 @@ from pdrelay.launch.engine_version import (
     vllm_notes,
 )
 from pdrelay.launch.external_driver import EnginePlan
-from pdrelay.launch.gpus import VARIABLE, assign_gpus, visible_gpus
+from pdrelay.launch.gpus import VARIABLE, assign_gpus, visible_gpus, with_peers
 from pdrelay.launch.host import Host
 from pdrelay.launch.plan import Plan
 from pdrelay.launch.ports import Ports
@@ -30,7 +30,7 @@ from pdrelay.launch.resolve_external import resolve_external
 from pdrelay.launch.run_dir import RunDir
 from pdrelay.launch.sglang_driver import OWNED as SGLANG_OWNED
 from pdrelay.launch.sglang_driver import STREAM_FLAGS, SglangDriver
-from pdrelay.launch.topology import InstanceSpec, instances
+from pdrelay.launch.topology import InstanceSpec, PrefillDecode, instances
 from pdrelay.launch.vllm_driver import OWNED as VLLM_OWNED
 from pdrelay.launch.vllm_driver import VllmDriver
 from pdrelay.model.config import is_built_in
@@ -77,7 +77,10 @@ def check_engine_args(config: ServeConfig) -> None:
 
 def _gpus(config: ServeConfig, specs: Sequence[InstanceSpec], host: Host) -> dict[str, str]:
     seen = visible_gpus(os.environ.get(VARIABLE), host.num_gpus)
-    return assign_gpus(specs, seen, share=config.allow_oversubscribe)
+    assigned = assign_gpus(specs, seen, share=config.allow_oversubscribe)
+    if isinstance(config.topology, PrefillDecode):
+        return with_peers(assigned, seen)
+    return assigned
 
 
 def make_driver(

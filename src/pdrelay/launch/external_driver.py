@@ -51,6 +51,11 @@ class EnginePlan:
         assert engine != "native"
         return engine
 
+    def sharers(self, spec: InstanceSpec) -> int:
+        """How many instances compute on this one's (first) GPU, itself included."""
+        first = self.gpus[spec.instance].split(",")[0]
+        return sum(gpus.split(",")[0] == first for gpus in self.gpus.values())
+
 
 class ExternalDriver:
     """Base of the drivers: everything but the engine's own arguments and environment."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pdrelay.errors import ConfigError
 from pdrelay.launch.topology import InstanceSpec
@@ -41,3 +41,14 @@ def assign_gpus(
         assigned[spec.instance] = ",".join(gpus[next_gpu : next_gpu + spec.world_size])
         next_gpu += spec.world_size
     return assigned
+
+
+def with_peers(assigned: Mapping[str, str], gpus: Sequence[str]) -> dict[str, str]:
+    """The same with every other GPU behind an instance's own, which it computes on: memory of a
+    GPU that a process does not see cannot be mapped in it, so hand-overs would take the long way.
+    """
+    seen: dict[str, str] = {}
+    for instance, own in assigned.items():
+        first = own.split(",")
+        seen[instance] = ",".join([*first, *(gpu for gpu in gpus if gpu not in first)])
+    return seen

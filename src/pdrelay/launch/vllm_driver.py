@@ -48,6 +48,9 @@ class VllmDriver(ExternalDriver):
             args += ["--tensor-parallel-size", str(spec.world_size)]
         if not engine.enable_prefix_caching:
             args += ["--no-enable-prefix-caching"]
+        if resolved.device == "cuda":
+            share = resolved.gpu_memory_utilization / plan.sharers(spec)
+            args += ["--gpu-memory-utilization", f"{share:g}"]
         if engine.kv_cache_memory is not None and resolved.device == "cuda":
             args += ["--kv-cache-memory-bytes", str(engine.kv_cache_memory)]
         if spec.role is not Role.BOTH:

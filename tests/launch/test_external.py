@@ -1,0 +1,121 @@
+"""GPUs, ports, versions, and causes: what the drivers of production engines are built from."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import replace
+
+import pytest
+
+from pdrelay.errors import ConfigError
+from pdrelay.launch.config import EngineConfig, ServeConfig
+from pdrelay.launch.engine_version import release, sglang_notes, vllm_notes
+from pdrelay.launch.external_driver import EnginePlan, first_cause
+from pdrelay.launch.gpus import assign_gpus, visible_gpus, with_peers
+from pdrelay.launch.host import Host
+from pdrelay.launch.ports import Ports
+from pdrelay.launch.resolve_external import resolve_external
+from pdrelay.launch.run_dir import RunDir
+from pdrelay.launch.topology import PrefillDecode, Replicas, TensorParallel, instances
+from pdrelay.launch.vllm_driver import VllmDriver
+from pdrelay.model.config import BUILT_IN
+
+
+def test_gpus_of_the_outer_environment_are_handed_out():
+    assert visible_gpus(None, 3) == ["0", "1", "2"]
+    assert visible_gpus("5, GPU-ab", 8) == ["5", "GPU-ab"]
+    assert visible_gpus("-1", 8) == visible_gpus("", 8) == []
+
+
+def test_each_instance_gets_its_own():
+    assert assign_gpus(instances(Replicas(2)), ["4", "7"]) == {"replica-0": "4", "replica-1": "7"}
+    assert assign_gpus(instances(TensorParallel(2)), ["4", "7"]) == {"tp-0": "4,7"}
+    pair = assign_gpus(instances(PrefillDecode(1, 1)), ["4", "7", "9"])
+    assert pair == {"prefill-0": "4", "decode-0": "7"}
+    assert with_peers(pair, ["4", "7"]) == {"prefill-0": "4,7", "decode-0": "7,4"}
+
+
+def test_too_few_gpus():
+    with pytest.raises(ConfigError, match=r"2 GPUs are needed.*1 can be seen"):
+        assign_gpus(instances(Replicas(2)), ["0"])
+    shared = assign_gpus(instances(Replicas(2)), ["0"], share=True)
+    assert shared == {"replica-0": "0", "replica-1": "0"}
+    with pytest.raises(ConfigError, match="2 GPUs"):
+        assign_gpus(instances(TensorParallel(2)), ["0"], share=True)
+
+
+def test_ports_are_kept_and_can_be_listened_on():
+    with Ports() as ports:
+        first, second = ports.port("a"), ports.port("b")
+        assert ports.port("a") == first != second
+        for _ in range(2):  # a restarted server too
+            with socket.socket() as server:
+                server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                server.bind(("127.0.0.1", first))
+                server.listen()
+                socket.create_connection(("127.0.0.1", first), timeout=5).close()
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", first))
+
+
+@pytest.mark.parametrize(
+    ("version", "connector", "words"),
+    [
+        ("0.23.0", "pdrelay", []),
+        ("0.26.0", "nixl", ["removed in 0.24"]),
+        ("0.32.0", "", ["removed in 0.24", "gone in 0.32"]),
+        ("0.33.0", "other", ["removed in 0.24", "gone in 0.32", "kv_cache_config"]),
+        ("0.40.1", "pdrelay", ["untested", "removed in 0.24", "gone in 0.32"]),
+        ("unknown", "", ["not known"]),
+    ],
+)
+def test_what_versions_of_vllm_lack(version, connector, words):
+    notes = vllm_notes(version, connector)
+    assert len(notes) == len(words)
+    assert all(word in note for word, note in zip(words, notes, strict=True))
+
+
+def test_other_versions():
+    assert release("0.26.0rc1+cu130") == (0, 26)
+    assert sglang_notes("0.5.16") == []
+    assert "untested" in sglang_notes("0.4.9")[0]
+
+
+def test_the_first_exception_is_the_cause():
+    log = [
+        "(EngineCore pid=7) INFO starting",
+        "(EngineCore pid=7) ValueError: too little free memory",
+        "RuntimeError: Engine core initialization failed. Failed core proc(s): {}",
+    ]
+    assert first_cause(log) == "its log says: ValueError: too little free memory"
+    assert first_cause(log[2:]) == first_cause(log[:1]) == ""
+
+
+def test_a_vllm_command_on_gpus():
+    config = ServeConfig(
+        engine=EngineConfig("llama-3.1-8b", engine="vllm"), topology=PrefillDecode(1, 1)
+    )
+    host = Host(8, 64 << 30, 64 << 30, 2, 4096, None)
+    resolved = resolve_external(config, BUILT_IN["llama-3.1-8b"], host)
+    specs = instances(config.topology)
+    with RunDir() as run_dir, Ports() as ports:
+        plan = EnginePlan(
+            config=config,
+            resolved=resolved,
+            run_dir=run_dir,
+            ports=ports,
+            python="/v/python",
+            version="0.26.0",
+            model_dir="/m",
+            gpus=with_peers(assign_gpus(specs, ["0", "1"]), ["0", "1"]),
+        )
+        launch = VllmDriver(plan).launch(specs[1], 0)
+        (process,) = launch.processes
+        assert process.env["CUDA_VISIBLE_DEVICES"] == "1,0"
+        command = list(process.command)
+        assert command[0] == "/v/python"
+        assert command[command.index("--gpu-memory-utilization") + 1] == "0.9"
+        assert command[command.index("--dtype") + 1] == "bfloat16"
+        assert launch.control.ready.resolved["gpus"] == "1,0"
+        shared = replace(plan, gpus=dict.fromkeys(plan.gpus, "0"))
+        assert shared.sharers(specs[0]) == 2
