@@ -99,6 +99,7 @@ class Bench:
         else:
             accelerator = HostAccelerator()
             executor = StepExecutor(model, pool, accelerator, limits)
+            executor.capture_prefill_graphs()
             executor.capture_graphs()
             runner = CudaRunner(executor, accelerator, limits)
         with self.startup.phase("warm-up"):
