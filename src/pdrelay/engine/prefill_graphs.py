@@ -97,6 +97,7 @@ class PrefillGraphs:
         self._accelerator = accelerator
         self._buffers = buffers
         self.buckets = prefill_buckets(max_rows)
+        self.in_use = True  # False: as if there were none, to compare with
         self._own = _Graphs(None)
         # By id of the pool, which is kept alive here: no other object can have that id.
         self._of_pool: dict[int, _Graphs] = {}
@@ -108,7 +109,7 @@ class PrefillGraphs:
         """Rows of the graph that runs a prompt of `num_rows`; None when there is none yet."""
         index = bisect_left(self.buckets, num_rows)
         graphs = self._graphs_of(pool)
-        if index == len(self.buckets) or graphs is None:
+        if index == len(self.buckets) or graphs is None or not self.in_use:
             return None
         bucket = self.buckets[index]
         return bucket if bucket in graphs.graphs else None
