@@ -474,6 +474,8 @@ class Producer:
                     outgoing.request.block_table[piece.start : piece.stop],
                     outgoing.hand_over.destinations(piece),
                 )
+            if pieces:
+                link.flush(request_id)
         except TransportError as error:
             self._fail(outgoing, WorkerLostError(f"KV hand-over failed: {error}"))
             return
