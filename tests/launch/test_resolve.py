@@ -15,7 +15,7 @@ from pdrelay.errors import ConfigError, ProtocolError
 from pdrelay.launch.config import EngineConfig, ServeConfig, TransportConfig
 from pdrelay.launch.host import Host, _num_visible, inspect_host
 from pdrelay.launch.listen import listen, url_of
-from pdrelay.launch.native_driver import RankPlan
+from pdrelay.launch.native_driver import RankPlan, rank_environment
 from pdrelay.launch.preflight import check_files, check_memory, check_topology, describe
 from pdrelay.launch.resolve import num_parameters, resolve
 from pdrelay.launch.restart_policy import RestartOptions, RestartPolicy
@@ -154,6 +154,16 @@ def test_more_ranks_than_gpus():
         check_topology(asked, host)
     check_topology(replace(asked, allow_oversubscribe=True), host)
     check_topology(config(PrefillDecode(1, 1)), host)
+    check_topology(config(TensorParallel(2), device="cuda"), host)
+    with pytest.raises(ConfigError, match=r"needs 4 GPUs.*offers 2.*--allow-oversubscribe"):
+        check_topology(config(TensorParallel(4), device="cuda"), host)
+
+
+def test_ranks_on_gpus_use_no_multicast():
+    env = rank_environment({"NCCL_NVLS_ENABLE": "2"}, 1, on_gpu=True)
+    assert env["TORCH_SYMM_MEM_DISABLE_MULTICAST"] == "1"
+    assert env["NCCL_NVLS_ENABLE"] == "2", "as the user says"
+    assert "NCCL_NVLS_ENABLE" not in rank_environment({}, 1)
 
 
 def test_auto_takes_gpus_where_there_are_any():

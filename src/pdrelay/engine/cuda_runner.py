@@ -58,11 +58,13 @@ class CudaFollower:
         self, executor: StepExecutor, accelerator: Accelerator, limits: StepLimits
     ) -> None:
         self._executor = executor
+        self.check: Callable[[], None] = _nothing  # as the runner's
         self._stagings = [(s, accelerator.event()) for s in _stagings(accelerator, limits)]
 
     def run(self, message: StepMessage) -> None:
         staging, uploaded = self._stagings.pop(0)
         uploaded.synchronize()
+        self.check()
         words = np.frombuffer(message.words, dtype=np.int64)
         staging.words.numpy()[: len(words)] = words
         self._executor.run(message.header, staging.words)
@@ -82,6 +84,8 @@ class CudaRunner:
         self._accelerator = accelerator
         # Hands each step to the other ranks, which run it with a `CudaFollower`.
         self.broadcast: Callable[[StepMessage], None] | None = None
+        # Raises when a step that is over went wrong on the device: before its tokens are used.
+        self.check: Callable[[], None] = _nothing
         self._packer = StepPacker(
             block_size=limits.block_size,
             max_num_seqs=limits.max_num_seqs,
@@ -144,6 +148,7 @@ class CudaRunner:
         request_ids = [chunk.request.request_id for chunk in sampling_chunks]
         if on_host and logits is not None:
             tokens = sample_on_host(plan, logits.float())
+            self.check()
             self._known_tokens = dict(zip(request_ids, tokens.token_ids, strict=True))
             self._free.append(staging)  # the upload is over: the logits were read
             return DoneStep(tokens)
@@ -155,30 +160,41 @@ class CudaRunner:
         event = self._accelerator.event()
         event.record()
         self._accelerator.watch(event)
-        return _CudaStep(staging, event, count, self._free)
+        return _CudaStep(staging, event, count, self._free, self.check)
 
 
 class _CudaStep:
     """A step on the device."""
 
     def __init__(
-        self, staging: _Staging, event: DeviceEvent, num_sampled: int, free: deque[_Staging]
+        self,
+        staging: _Staging,
+        event: DeviceEvent,
+        num_sampled: int,
+        free: deque[_Staging],
+        check: Callable[[], None],
     ) -> None:
         """`event`: behind the step's copies in both directions."""
         self._staging = staging
         self._event = event
         self._num_sampled = num_sampled
         self._free = free
+        self._check = check
 
     def done(self) -> bool:
         return self._event.query()
 
     def result(self) -> StepTokens:
         self._event.synchronize()
+        self._check()
         token_ids: list[int] = self._staging.sampled[: self._num_sampled].tolist()
         self._free.append(self._staging)
         logprobs: list[TokenLogprobs | None] = [None] * self._num_sampled
         return StepTokens(token_ids, logprobs, {})
+
+
+def _nothing() -> None:
+    """No peers: nothing can have gone wrong."""
 
 
 def _host_chooses(chunks: Sequence[Chunk]) -> bool:

@@ -87,6 +87,9 @@ class ShmCommunicator:
     def barrier(self) -> None:
         self.all_reduce_(torch.zeros(1))
 
+    def check(self) -> None:
+        """Every collective waits and raises itself."""
+
     def close(self) -> None:
         """Drop the mapping. Idempotent; no collective may follow."""
         self._array = np.empty(0, dtype=np.uint8)

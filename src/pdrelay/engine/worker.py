@@ -152,6 +152,7 @@ def follow(config: RankConfig) -> None:
     if rank.cuda is None:
         _follow_on_cpu(rank, Follower(path, BatchInput))
     else:
+        rank.cuda.follower.check = communicator.check
         _follow_on_cuda(rank.cuda, Follower(path, StepMessage))
 
 
@@ -207,6 +208,7 @@ def lead(config: RankConfig, control: Channel[ToWorker]) -> None:
     if rank.cuda is not None:
         runner = rank.cuda.runner
         runner.broadcast = leader.broadcast if leader else None
+        runner.check = communicator.check
     else:
         broadcast = leader.broadcast if leader else None
         runner = ModelRunner(rank.model, rank.kv_pool, config.block_size, broadcast)

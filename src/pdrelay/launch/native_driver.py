@@ -24,11 +24,16 @@ _THREAD_VARIABLES = (
     "OPENBLAS_NUM_THREADS",
     "NUMEXPR_NUM_THREADS",
 )
+# NVLink multicast needs rights over the host's switches that a shared host does not give.
+_NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
 
 
-def rank_environment(base: Mapping[str, str], num_threads: int) -> dict[str, str]:
-    """`base` with every library's thread count set, and unbuffered output."""
-    env = dict(base)
+def rank_environment(
+    base: Mapping[str, str], num_threads: int, *, on_gpu: bool = False
+) -> dict[str, str]:
+    """`base` with every library's thread count set, unbuffered output, and on GPUs no multicast
+    unless `base` says otherwise."""
+    env = (_NO_MULTICAST if on_gpu else {}) | dict(base)
     env.update(dict.fromkeys(_THREAD_VARIABLES, str(num_threads)))
     env["PYTHONUNBUFFERED"] = "1"
     env["TOKENIZERS_PARALLELISM"] = "false"
@@ -112,7 +117,7 @@ class NativeDriver:
             label=f"rank {config.rank}",
             prefix=f"[{name}] ",
             command=(*self.command, name),  # an argument only to be seen by ps
-            env=rank_environment(os.environ, config.num_threads),
+            env=rank_environment(os.environ, config.num_threads, on_gpu=config.device != "cpu"),
             stdin=encode_rank_config(config),
             pass_fds=tuple(fd for fd in (config.control_fd, config.pool_fd) if fd >= 0),
         )

@@ -9,7 +9,7 @@ from pdrelay.errors import ConfigError
 from pdrelay.launch.config import ServeConfig
 from pdrelay.launch.host import Host
 from pdrelay.launch.resolve import ResolvedConfig, resolve_device
-from pdrelay.launch.topology import num_ranks, tensor_parallel_size
+from pdrelay.launch.topology import num_ranks
 from pdrelay.launch.units import format_bytes
 
 _RANK_BASE_BYTES = 300 << 20  # interpreter and torch, resident, on CPU
@@ -21,8 +21,6 @@ def check_topology(config: ServeConfig, host: Host) -> None:
     ranks = num_ranks(config.topology)
     on_gpu = resolve_device(config, host) == "cuda"
     units, what = (host.num_gpus, "GPU") if on_gpu else (host.num_cores, "CPU core")
-    if on_gpu and tensor_parallel_size(config.topology) > 1:
-        raise ConfigError("--tp on GPUs is not in this version: use --replicas, or --device cpu")
     if ranks <= units or config.allow_oversubscribe:
         return
     raise ConfigError(

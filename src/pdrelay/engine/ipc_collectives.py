@@ -1,0 +1,131 @@
+"""Small collectives between GPUs through memory that they map of each other over CUDA IPC."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from pdrelay.engine.kernels.triton.all_reduce import (
+    PACKET_BYTES,
+    Exchange,
+    inbox_bytes,
+    state_words,
+)
+from pdrelay.engine.rendezvous import exchange
+from pdrelay.errors import LaunchError, TransportError, WorkerLostError
+
+if TYPE_CHECKING:
+    from pdrelay.transport.cuda.driver import Driver
+
+_GRANULE = 2 << 20  # smaller allocations share a driver block, all of which a handle would name
+
+
+class IpcCollectives:
+    """One kernel a collective (`kernels/triton/all_reduce.py`), on the current stream; CUDA graphs
+    may capture them. Ranks may share a GPU, which time-slices them: correct, and slow."""
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        world_size: int,
+        socket_path: str,
+        timeout_s: float,
+        max_bytes: int,
+        device: torch.device,
+        driver: Driver,
+    ) -> None:
+        """Meet the other ranks at `socket_path`, which must not exist yet.
+
+        Raises LaunchError when they do not come before the deadline, or their memory cannot be
+        mapped.
+        """
+        self.max_bytes = max_bytes
+        self._rank = rank
+        self._world_size = world_size
+        self._timeout_s = timeout_s
+        self._driver = driver
+        self._context = driver.context(device.index)
+        num_bytes = -(-inbox_bytes(max_bytes, world_size) // _GRANULE) * _GRANULE
+        try:
+            self._inbox = driver.allocate(num_bytes)
+            driver.zero(self._inbox, num_bytes)
+            driver.synchronize_stream(0)  # before a peer can know the address
+            handle = driver.ipc_handle(self._inbox)
+        except TransportError as error:
+            raise LaunchError(
+                f"{device} cannot share {num_bytes >> 20} MiB with tensor-parallel peers ({error}):"
+                " free the GPU, or use --replicas"
+            ) from error
+        handles = exchange(
+            socket_path, rank=rank, world_size=world_size, payload=handle, timeout_s=timeout_s
+        )
+        self._peers: list[int] = []
+        addresses = [self._open(i, handle) for i, handle in enumerate(handles)]
+        self._failed = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+        self._failed_view = self._failed.numpy()
+        self._exchange = Exchange(
+            rank=rank,
+            world_size=world_size,
+            max_bytes=max_bytes,
+            timeout_ns=int(timeout_s * 1e9),
+            inboxes=torch.tensor(addresses, dtype=torch.int64, device=device),
+            state=torch.zeros(state_words(max_bytes), dtype=torch.int32, device=device),
+            failed=self._failed,
+            pdl=True,
+        )
+
+    def _open(self, rank: int, handle: bytes) -> int:
+        if rank == self._rank:
+            return self._inbox
+        try:
+            address = self._driver.open_ipc(handle)
+        except TransportError as error:
+            raise LaunchError(
+                f"tensor-parallel rank {self._rank} cannot map memory of rank {rank} ({error}): "
+                "both GPUs must be visible to both ranks and reach each other (nvidia-smi topo "
+                "-p2p r), and containers must share IPC and PID namespaces; or use --replicas"
+            ) from error
+        self._peers.append(address)
+        return address
+
+    def all_reduce_(self, x: torch.Tensor) -> None:
+        packed = _packed(x)
+        self._exchange.reduce(packed, packed)
+        if packed is not x:
+            x.copy_(packed[: x.numel()].view(x.shape))
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        packed = _packed(x)
+        out = packed.new_empty((self._world_size, packed.numel()))
+        self._exchange.gather(packed, out)
+        return out[:, : x.numel()].reshape(self._world_size, *x.shape)
+
+    def check(self) -> None:
+        if self._failed_view[0]:
+            raise WorkerLostError(
+                f"a tensor-parallel peer of rank {self._rank} did not answer within "
+                f"{self._timeout_s:g} s; see its log"
+            )
+
+    def close(self) -> None:
+        """Idempotent. This rank's kernels must be done, so that it has every peer's last packets;
+        a peer that is behind reads its own memory only."""
+        self._driver.make_current(self._context)
+        while self._peers:
+            self._driver.close_ipc(self._peers.pop())
+        if self._inbox:
+            self._driver.free(self._inbox)
+            self._inbox = 0
+
+
+def _packed(x: torch.Tensor) -> torch.Tensor:
+    """x itself, or flat and padded to whole packets."""
+    num_bytes = x.numel() * x.element_size()
+    if num_bytes % PACKET_BYTES == 0 and x.data_ptr() % PACKET_BYTES == 0:
+        return x
+    numel = -(-num_bytes // PACKET_BYTES) * PACKET_BYTES // x.element_size()
+    packed = x.new_zeros(numel)
+    packed[: x.numel()] = x.view(-1)
+    return packed
