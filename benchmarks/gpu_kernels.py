@@ -396,7 +396,9 @@ def decode_variants(batch: int, context: int) -> Iterator[tuple[int, int, bool, 
         yield rule, 3, False, True
         yield rule, 3, False, False
     else:
-        yield rule, 7, True, True
+        for stages in (2, 4, 6, 7):
+            yield rule, stages, True, True
+        yield rule, 7, True, False
 
 
 def bench_decode(bench: Bench) -> None:

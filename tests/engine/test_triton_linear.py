@@ -6,6 +6,7 @@ from triton_harness import EPS, ON_GPU, equal_but_for_rounding, randn, relative_
 
 from pdrelay.engine.kernels.triton.linear_small import (
     LinearTuning,
+    beats_cublas,
     default_tuning,
     gate_up_silu,
     linear_small,
@@ -119,3 +120,10 @@ def test_default_tuning_computes():
     for num_rows in (1, 4):
         x, weight = randn(num_rows, 256), randn(32, 256, seed=1)
         assert relative_error(linear_small(x, weight), x.double() @ weight.double().T) < 5e-3
+
+
+def test_the_8b_shapes_that_take_the_dot_kernel():
+    """By `benchmarks/gpu_kernels.py`: o, gate_up, down and lm_head, but not qkv."""
+    for out_features in (4096, 28672, 128256):
+        assert beats_cublas(8, out_features, 132)
+    assert not beats_cublas(8, 6144, 132) and beats_cublas(1, 6144, 132)

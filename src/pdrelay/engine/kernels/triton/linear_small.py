@@ -20,6 +20,7 @@ from pdrelay.engine.kernels.triton.dot import dot
 from pdrelay.engine.kernels.triton.launch import interpreting, pdl_flags
 from pdrelay.engine.kernels.triton.norm import add_rms_norm
 from pdrelay.engine.kernels.triton.prefetch import prefetch
+from pdrelay.engine.kernels.triton.split_rule import fills_waves
 
 MAX_ROWS = 8
 _DOT_ROWS = 16  # the least a tensor core takes
@@ -46,14 +47,24 @@ def default_tuning(
 ) -> LinearTuning:
     """By shape alone. `paired`: an output needs two rows of weights, gate's and up's."""
     if num_rows > 1:
+        # So deep that an SM holds one program: under PDL, programs that come while the kernel ahead
+        # runs out would gather on the SMs that are free first, and leave the others idle.
         features = 32 if out_features >= 32 * 128 else 16
-        return LinearTuning("dot", features, 256, warps=4, stages=4)
+        return LinearTuning("dot", features, 256, warps=4, stages=6)
     # The greatest power of two that divides K: its low bit.
     columns = min(_MOST_COLUMNS, in_features & -in_features)
     if columns < _FEWEST_COLUMNS:
         columns = min(_MOST_COLUMNS, triton.next_power_of_2(in_features))
-    features = 8 if out_features >= 8 * 256 and not paired else 4
+    features = 2 if paired else 4
     return LinearTuning("vector", features, columns, warps=max(1, min(8, columns // 256)))
+
+
+def beats_cublas(num_rows: int, out_features: int, num_sms: int) -> bool:
+    """One row: always. More: where the dot kernel's programs, one an SM, fill their waves."""
+    if num_rows == 1:
+        return True
+    features = default_tuning(num_rows, out_features, _FEWEST_COLUMNS).features
+    return fills_waves(triton.cdiv(out_features, features), num_sms)
 
 
 def linear_small(
