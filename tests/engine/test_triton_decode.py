@@ -123,7 +123,7 @@ def test_the_pipeline_fits_shared_memory(head_dim):
     for num_splits in (1, 2, 32):
         stages = pipeline_stages(num_splits, head_dim, 2)
         assert stages >= 3
-        assert (stages - 1) * 2 * 64 * head_dim * 2 <= 227 << 10
+        assert stages * 2 * 64 * head_dim * 2 <= 227 << 10
     assert pipeline_stages(1, 128, 2) == 7 and pipeline_stages(8, 128, 2) == 3
 
 

@@ -6,7 +6,7 @@ TILE = 64  # keys of one step of the kernel's loop
 MAX_SPLITS = 32
 _PROGRAMS_PER_SM = 2
 _STAGES, _MOST_STAGES = 3, 7
-_SHARED_BYTES = 200 << 10  # of 227 KiB an SM has for one program
+_SHARED_BYTES = 224 << 10  # of 227 KiB an SM has for one program
 
 
 def split_rule(batch: int, num_kv_heads: int, max_seq_len: int, num_sms: int) -> int:
@@ -22,14 +22,14 @@ def split_rule(batch: int, num_kv_heads: int, max_seq_len: int, num_sms: int) ->
 
 
 def pipeline_stages(num_splits: int, head_dim: int, itemsize: int) -> int:
-    """Depth of the K/V pipeline, of which one less lies in shared memory.
+    """Depth of the K/V pipeline.
 
     Uncut rows make long programs, few an SM: each keeps many tiles on their way.
     """
     if num_splits > 1:
         return _STAGES
     tile_bytes = 2 * TILE * head_dim * itemsize
-    return max(_STAGES, min(_MOST_STAGES, 1 + _SHARED_BYTES // tile_bytes))
+    return max(_STAGES, min(_MOST_STAGES, _SHARED_BYTES // tile_bytes))
 
 
 def fills_waves(num_programs: int, num_sms: int) -> bool:
