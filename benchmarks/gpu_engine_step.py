@@ -386,19 +386,21 @@ def print_variants(bench: Bench, repeats: int) -> None:
     backend = bench.model.backend
     ops, kernels = backend.ops, backend.kernels
     kept = ops.small_rows, kernels.pdl
-    print("\nvariants (context 512)    B=1 ms     B=4 ms     B=8 ms")
-    for small_rows in (0, 1, 8):
+    batches = [b for b in (1, 4, 8, 16, 32, 64) if b <= bench.limits.max_num_seqs]
+    print("\nvariants (context 512)   " + "".join(f"  B={b:<2} ms" for b in batches))
+    for small_rows in (0, 1, 8, 64):
         for pdl in (False, True):
             ops.small_rows, kernels.pdl = small_rows, pdl
-            bench.executor.capture_graphs((1, 4, 8))
+            bench.executor.capture_graphs(batches)
             times = []
-            for batch in (1, 4, 8):
+            for batch in batches:
                 plan = bench.decode_plan(batch, 512)
                 times.append(bench.decode(plan, repeats)[0] if plan else float("nan"))
             label = f"linear_small <= {small_rows}, pdl {'on' if pdl else 'off'}"
-            print(f"{label:<24}", *(f"{ms:>10.3f}" for ms in times))
+            print(f"{label:<25}" + "".join(f"{ms:>9.3f}" for ms in times))
     ops.small_rows, kernels.pdl = kept
-    bench.executor.capture_graphs((1, 4, 8))
+    bench.executor.capture_graphs(batches)
+    print_decode_variants(bench, repeats)
     print("\nchunks behind a prefix   2,048+6,144   256+2,048   (wall ms)")
     if bench.limits.max_num_batched_tokens < 8192:
         return
@@ -409,6 +411,24 @@ def print_variants(bench: Bench, repeats: int) -> None:
         label = "FlashAttention, gathered" if gathers else "own kernel, in place"
         print(f"{label:<24}", *(f"{ms:>10.3f}" for ms in walls))
     kernels.gathers_chunks = kept_gathers
+
+
+def print_decode_variants(bench: Bench, repeats: int) -> None:
+    """The decode kernel's pipeline depth and launch, in the whole step."""
+    kernels, batches = bench.model.backend.kernels, (1, 8, 32, 64)
+    if bench.limits.max_num_seqs < batches[-1]:
+        return
+    print("\ndecode kernel (context 640)  " + "  ".join(f"B={b} ms" for b in batches))
+    for stages in (None, 2, 3, 4, 5, 7):
+        for pdl in (True, False):
+            kernels.decode_stages, kernels.decode_pdl = stages, pdl
+            bench.executor.capture_graphs(batches)
+            plans = [bench.decode_plan(batch, 640) for batch in batches]
+            times = [bench.decode(plan, repeats)[0] if plan else float("nan") for plan in plans]
+            label = f"stages {stages or 'by rule'}, pdl {'on' if pdl else 'off'}"
+            print(f"{label:<26}", *(f"{ms:>8.3f}" for ms in times))
+    kernels.decode_stages = kernels.decode_pdl = None
+    bench.executor.capture_graphs(batches)
 
 
 def print_profile(bench: Bench) -> None:

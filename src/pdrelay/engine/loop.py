@@ -106,6 +106,8 @@ class EngineLoop:
             worked = self._read_steps()
             if worked:
                 self._flush()  # tokens leave before the next step is planned
+                if self._producer is not None:
+                    self._producer.poll()  # and what the step completed is committed
             worked |= self._launch_steps()
             worked |= self._read_steps()
             self._flush()
