@@ -16,15 +16,16 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
 
 from pdrelay.core.channel import Channel
-from pdrelay.core.kv_layout import KVLayout, contiguous_runs
+from pdrelay.core.kv_layout import KVLayout
 from pdrelay.errors import PdrelayError
 from pdrelay.transport.base import Arrived, Descriptor, ProducerLink, Sent, Transport
 from pdrelay.transport.checksum import checksum
@@ -35,7 +36,10 @@ from pdrelay.transport.pool import create_pool
 from pdrelay.transport.registry import TransportOptions, create_transport
 
 DEADLINE_S = 30.0
-MAX_POOL_TOKENS = 2048  # pinned memory of 0.5 GB with the 8B shape
+STAGED_TOKENS = 2048  # tcp and pool: 0.3 GB of the 8B shape
+CELL_S = 0.5  # a cell is not repeated any further, once it has been twice
+WAYS_MIB = (8, 64, 1024)
+CTAS = (8, 16, 32, 132)
 
 
 class Open(msgspec.Struct, tag="open"):
@@ -232,6 +236,8 @@ class LocalConsumer:
 class Cell:
     seconds: float
     num_pieces: int
+    busy_ns: int  # device time, with mapped
+    host_s: float  # of `seconds`, until all was handed to the link
 
 
 class Bench:
@@ -258,26 +264,27 @@ class Bench:
         self.consumer = consumer
         self._number = 0
 
-    def move(self, src: list[int], dst: list[int], *, wait_each: bool = False) -> Cell:
-        """Seconds from the first send until all is stored. `wait_each`: a transfer a layer."""
-        layers = range(self.layout.num_layers)
-        groups = [[layer] for layer in layers] if wait_each else [list(layers)]
-        mapped = self.name == "mapped"
-        num_pieces = 0
+    def move(self, src: list[int], dst: list[int], *, layer_wise: bool = False) -> Cell:
+        """From the first send until all is stored. `layer_wise`: the link may start each layer by
+        itself, as behind the kernels of a prefill."""
         self._number += 1
         name = f"t{self._number}"
         keys = [f"{name}/{i}".encode().rjust(32, b"-") for i in range(len(src))]
         self.consumer.expect(name, dst, keys)
         start = time.perf_counter()
-        for group in groups:
-            self.link.begin(name, keys)
-            for layer in group:
-                self.link.send(name, layer, 0, src, dst)
-            self.link.finish(name)
-            num_pieces += self._sent().report.num_pieces
+        self.link.begin(name, keys)
+        for layer in range(self.layout.num_layers):
+            self.link.send(name, layer, 0, src, dst)
+            if layer_wise:
+                self.link.flush(name)
+        self.link.finish(name)
+        handed = time.perf_counter()
+        report = self._sent().report
         end = time.perf_counter()
         self.consumer.commit(name, len(dst) * self.layout.num_layers)
-        return Cell((end if mapped else time.perf_counter()) - start, num_pieces)
+        if self.name != "mapped":
+            end = time.perf_counter()
+        return Cell(end - start, report.num_pieces, report.busy_ns, handed - start)
 
     def _sent(self) -> Sent:
         end = time.monotonic() + DEADLINE_S
@@ -292,8 +299,8 @@ class Bench:
 
     def plain_copy(self, num_bytes: int, repeats: int) -> float:
         """The best rate of one driver copy into the consumer's pages, bytes/s."""
-        device, remote = self.pages.device, self.link._remote_address  # type: ignore[attr-defined]
-        run = Run(remote, self.pages.address, min(num_bytes, self.layout.total_bytes))
+        device, remote = self.pages.device, self.link._remote  # type: ignore[attr-defined]
+        run = Run(remote.address, self.pages.address, min(num_bytes, self.layout.total_bytes))
         times = []
         for _ in range(repeats + 1):
             copy = device.copy([run], None)
@@ -312,7 +319,12 @@ def block_ids(layout: KVLayout, count: int, order: str) -> tuple[list[int], list
 
 def best(run: Callable[[], Cell], repeats: int) -> tuple[Cell, float]:
     """The best cell and the median of its seconds, after one warm-up."""
-    cells = [run() for _ in range(repeats + 1)][1:]
+    run()
+    cells: list[Cell] = []
+    while len(cells) < repeats:
+        cells.append(run())
+        if len(cells) >= 2 and sum(cell.seconds for cell in cells) > CELL_S:
+            break
     return min(cells, key=lambda c: c.seconds), statistics.median(c.seconds for c in cells)
 
 
@@ -333,75 +345,114 @@ def run_gpu(device: str, names: list[str], repeats: int, seconds: float) -> None
     here, there, words = devices(device)
     on_gpu = here.startswith("cuda")
     shape = LLAMA_8B if on_gpu else REHEARSAL
-    sizes = [16, 64, 256] if on_gpu else [16, 64]
     lengths = [128, 512, 2048, 8192] if on_gpu else [64, 256]
     print(words)
-    print(f"{shape}; best (median) of {repeats}, first send to all stored; tcp, pool: to Arrived")
+    print(
+        f"{shape}; best (median) of up to {repeats}, first send to all stored (tcp, pool: Arrived)"
+    )
     fabric = HostFabric()
     consumer: Any = LocalConsumer(fabric) if device == "host" else RemoteConsumer(there)
     try:
         for name in names:
-            for block_size in sizes:
+            mapped = name == "mapped"
+            for block_size in (16, 64) if mapped else (64,):
                 if time.monotonic() - began > seconds:
                     print(f"stopped after {seconds:g} s")
                     return
-                limit = min(lengths[-1], MAX_POOL_TOKENS) if name == "pool" else lengths[-1]
+                limit = lengths[-1] if mapped else min(lengths[-1], STAGED_TOKENS)
                 layout = shape.layout(block_size, limit)
                 with ExitStack() as stack:
                     bench = Bench(stack, consumer, name, layout, here, fabric)
-                    table(bench, [n for n in lengths if n <= limit], repeats)
-                    if name == "mapped" and block_size == 64:
-                        compare_submission(bench, repeats)
+                    peak = bench.plain_copy(512 << 20, 5) if mapped else 0.0
+                    if mapped:
+                        where = "from GPU to GPU" if here != there else "within one device"
+                        print(f"\ncopy peak {where} (one driver copy): {peak / 1e9:.1f} GB/s")
+                    shown = lengths[1::2] if mapped else [n for n in lengths[1:] if n <= limit]
+                    table(bench, shown, repeats, peak)
+                    if mapped:
+                        compare_ways(bench, repeats, peak)
+                    if mapped and block_size == 64:
                         print_checksums(bench, repeats)
+        print(f"\n{time.monotonic() - began:.0f} s in all")
     except PdrelayError as error:
         print(f"failed: {error}")
     finally:
         consumer.close()
 
 
-def table(bench: Bench, lengths: list[int], repeats: int) -> None:
+def rate(num_bytes: int, seconds: float, peak: float) -> str:
+    """GB/s, and of the copy peak over the same link."""
+    share = f" {num_bytes / seconds / peak:>4.0%}" if peak else ""
+    return f"{num_bytes / seconds / 1e9:.1f}{share}"
+
+
+def table(bench: Bench, lengths: list[int], repeats: int, peak: float) -> None:
     layout = bench.layout
-    peak = 0.0
-    if bench.name == "mapped":
-        peak = bench.plain_copy(512 << 20, 5)
-        print(f"\none driver copy of up to 512 MiB: {peak / 1e9:.1f} GB/s")
     page_kib = layout.layer_block_bytes / 1024
     print(f"{bench.name}, blocks of {layout.block_size}: {page_kib:g} KiB a (layer, block)")
-    print(f"{'tokens':>7}{'MB':>8} {'ids':<9}{'pieces':>7}{'KiB each':>9}{'bulk ms':>18}", end="")
-    print(f"{'GB/s':>7}{'of copy':>9}{'layer by layer ms':>19}{'GB/s':>7}")
+    print(f"{'tokens':>7}{'MB':>8} {'ids':<9}{'pieces':>7}{'bulk ms':>19}{'GB/s':>13}", end="")
+    print(f"{'device GB/s':>13}{'layer by layer ms':>19}{'GB/s':>13}" if peak else "")
     for order in ("run", "shuffled"):
         for tokens in lengths:
             count = -(-tokens // layout.block_size)
             src, dst = block_ids(layout, count, order)
             num_bytes = count * layout.block_bytes
             bulk, median = best(lambda s=src, d=dst: bench.move(s, d), repeats)
-            share = f"{num_bytes / bulk.seconds / peak:.0%}" if peak else ""
-            runs = sum(1 for _ in contiguous_runs(src, dst)) * layout.num_layers
             cells = f"{bulk.seconds * 1e3:.3f} ({median * 1e3:.3f})"
             row = f"{tokens:>7}{num_bytes / 1e6:>8.1f} {order:<9}{bulk.num_pieces:>7}"
-            row += f"{num_bytes / runs / 1024:>9.0f}{cells:>18}"
-            row += f"{num_bytes / bulk.seconds / 1e9:>7.1f}{share:>9}"
-            if bench.name == "mapped":
-                each, median = best(lambda s=src, d=dst: bench.move(s, d, wait_each=True), repeats)
+            row += f"{cells:>19}{rate(num_bytes, bulk.seconds, peak):>13}"
+            if peak:
+                row += f"{rate(num_bytes, bulk.busy_ns / 1e9, peak):>13}"
+                each, median = best(lambda s=src, d=dst: bench.move(s, d, layer_wise=True), repeats)
                 cells = f"{each.seconds * 1e3:.3f} ({median * 1e3:.3f})"
-                row += f"{cells:>19}{num_bytes / each.seconds / 1e9:>7.1f}"
+                row += f"{cells:>19}{rate(num_bytes, each.seconds, peak):>13}"
             print(row, flush=True)
 
 
-def compare_submission(bench: Bench, repeats: int) -> None:
-    """One driver call for all runs of a batch against one a run, on GPUs whose driver has both."""
-    device = bench.pages.device
-    if not getattr(device, "batched", False):
-        print("\nthe driver has no batched copies (or this is a rehearsal): one call a run")
+@contextmanager
+def copying(device: Any, way: str, **options: Any) -> Iterator[None]:
+    """`device.copy_pages` in one way: `batch` (driver), `ctas`, `chunk_bytes` (kernel)."""
+    before = device.page_copies, device.page_copy_ctas, device._batch
+    launch = device._copier.launch if way == "kernel" else None
+    device.page_copies = way
+    device.page_copy_ctas = options.get("ctas", device.page_copy_ctas)
+    device._batch = options.get("batch", device._batch)
+    if launch is not None and "chunk_bytes" in options:
+        device._copier.launch = partial(launch, chunk_bytes=options["chunk_bytes"])
+    try:
+        yield
+    finally:
+        device.page_copies, device.page_copy_ctas, device._batch = before
+        if launch is not None:
+            device._copier.launch = launch
+
+
+def compare_ways(bench: Bench, repeats: int, peak: float) -> None:
+    """Bulk transfers by the page-copy kernel and by the driver, on GPUs."""
+    device, layout = bench.pages.device, bench.layout
+    if getattr(device, "_copier", None) is None:
+        print("no page-copy kernel (no Triton, or a rehearsal): the driver copies")
         return
-    src, dst = block_ids(bench.layout, min(32, bench.layout.num_blocks // 2), "shuffled")
-    rows = {}
-    for batch in (True, False):
-        device._batch = batch
-        cell, median = best(lambda: bench.move(src, dst), repeats)
-        rows[batch] = f"{cell.seconds * 1e3:.3f} ({median * 1e3:.3f})"
-    device._batch = True
-    print(f"\n{len(src)} shuffled blocks, ms: one call a batch {rows[True]}, a run {rows[False]}")
+    ways: list[tuple[str, str, dict[str, Any]]] = [
+        ("driver, a call a run", "driver", {"batch": False})
+    ]
+    if device.batched:
+        ways.append(("driver, one call", "driver", {"batch": True}))
+    ways += [(f"kernel, {n} CTAs", "kernel", {"ctas": n}) for n in CTAS]
+    ways.append(("kernel, 16 CTAs, 64 KiB", "kernel", {"ctas": 16, "chunk_bytes": 64 << 10}))
+    print(f"{'MiB':>7} {'ids':<9} {'bulk by':<26}{'host ms':>9}{'ms':>9}{'GB/s':>13}", end="")
+    print(f"{'device GB/s':>13}")
+    for mebibytes in WAYS_MIB:
+        count = min((mebibytes << 20) // layout.block_bytes, layout.num_blocks // 2)
+        for order in ("run", "shuffled"):
+            src, dst = block_ids(layout, count, order)
+            num_bytes = count * layout.block_bytes
+            for words, way, options in ways:
+                with copying(device, way, **options):
+                    cell, _ = best(lambda s=src, d=dst: bench.move(s, d), repeats)
+                row = f"{num_bytes >> 20:>7} {order:<9} {words:<26}{cell.host_s * 1e3:>9.3f}"
+                row += f"{cell.seconds * 1e3:>9.3f}{rate(num_bytes, cell.seconds, peak):>13}"
+                print(f"{row}{rate(num_bytes, cell.busy_ns / 1e9, peak):>13}", flush=True)
 
 
 def print_checksums(bench: Bench, repeats: int) -> None:

@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument(
         "--device", default="cpu", help="cpu or cuda; host or process to rehearse cuda"
     )
-    parser.add_argument("--seconds", type=float, default=100.0, help="cuda: begin nothing later")
+    parser.add_argument("--seconds", type=float, default=50.0, help="cuda: begin nothing later")
     parser.add_argument("--peer", type=int, default=-1, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.device != "cpu":

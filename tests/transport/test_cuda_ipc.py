@@ -84,8 +84,12 @@ def producer():
     producer.close()
 
 
+@pytest.mark.parametrize("way", ["kernel", "driver"])
 @pytest.mark.parametrize("ordinal", ordinals())
-def test_copied_pages_arrive_and_nothing_else_changes(producer, ordinal):
+def test_copied_pages_arrive_and_nothing_else_changes(producer, ordinal, way):
+    if way == "kernel":
+        pytest.importorskip("triton")
+    producer.transport.device.page_copies = way
     peer = Peer("mapped", ordinal)
     src, dst = [3, 4, 5, 17, 18, 40], [9, 8, 7, 30, 31, 32]
     peer.ask("expect", "a", dst, make_keys("a", 6))

@@ -192,6 +192,8 @@ class CudaDevice:
         return num_pages * page_bytes < num_runs * _ENGINE_RUN_BYTES
 
     def prepare_page_copies(self, pool: PagePool) -> None:
+        if self.page_copies == "driver":
+            return
         if self._copier is None:
             try:
                 from pdrelay.transport.cuda.page_copy import PageCopier
