@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pdrelay.engine.kernels.triton.all_reduce import (
+    BLOCK,
     PACKET_BYTES,
     Exchange,
     inbox_bytes,
@@ -35,8 +36,11 @@ class IpcCollectives:
         max_bytes: int,
         device: torch.device,
         driver: Driver,
+        block: int = BLOCK,
+        pdl: bool = True,
     ) -> None:
-        """Meet the other ranks at `socket_path`, which must not exist yet.
+        """Meet the other ranks at `socket_path`, which must not exist yet. `block`, `pdl`: of the
+        kernel's launches.
 
         Raises LaunchError when they do not come before the deadline, or their memory cannot be
         mapped.
@@ -47,7 +51,7 @@ class IpcCollectives:
         self._timeout_s = timeout_s
         self._driver = driver
         self._context = driver.context(device.index)
-        num_bytes = -(-inbox_bytes(max_bytes, world_size) // _GRANULE) * _GRANULE
+        num_bytes = -(-inbox_bytes(max_bytes, world_size, block) // _GRANULE) * _GRANULE
         try:
             self._inbox = driver.allocate(num_bytes)
             driver.zero(self._inbox, num_bytes)
@@ -71,9 +75,10 @@ class IpcCollectives:
             max_bytes=max_bytes,
             timeout_ns=int(timeout_s * 1e9),
             inboxes=torch.tensor(addresses, dtype=torch.int64, device=device),
-            state=torch.zeros(state_words(max_bytes), dtype=torch.int32, device=device),
+            state=torch.zeros(state_words(max_bytes, block), dtype=torch.int32, device=device),
             failed=self._failed,
-            pdl=True,
+            pdl=pdl,
+            block=block,
         )
 
     def _open(self, rank: int, handle: bytes) -> int:

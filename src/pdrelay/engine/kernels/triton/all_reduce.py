@@ -32,18 +32,23 @@ _STATE_WORDS = 2  # a program: exchanges done, whether a peer was lost
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
-def inbox_bytes(max_bytes: int, world_size: int) -> int:
+def inbox_bytes(max_bytes: int, world_size: int, block: int = BLOCK) -> int:
     """Of one rank's inbox for messages of up to `max_bytes`."""
-    return num_programs(max_bytes) * 2 * world_size * BLOCK * 2 * PACKET_BYTES
+    return num_programs(max_bytes, block) * 2 * world_size * block * 2 * PACKET_BYTES
 
 
-def num_programs(num_bytes: int) -> int:
-    return triton.cdiv(num_bytes, BLOCK * PACKET_BYTES)
+def num_programs(num_bytes: int, block: int = BLOCK) -> int:
+    return triton.cdiv(num_bytes, block * PACKET_BYTES)
+
+
+def state_words(max_bytes: int, block: int = BLOCK) -> int:
+    return _STATE_WORDS * num_programs(max_bytes, block)
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """What one rank's kernels need: made once, the same `max_bytes` and timeout on all ranks.
+    """What one rank's kernels need: made once, with the same `max_bytes` and `block` on all
+    ranks.
 
     `inboxes`: int64 [world_size], addresses as this rank's GPU reaches them, zeroed memory of
     `inbox_bytes` each. `state`: int32 zeros, `state_words`. `failed`: int32 [1], pinned host
@@ -58,6 +63,7 @@ class Exchange:
     state: torch.Tensor
     failed: torch.Tensor
     pdl: bool = False
+    block: int = BLOCK
 
     def reduce(self, x: torch.Tensor, out: torch.Tensor, *, phase: str = "both") -> None:
         """`out` = sum of all ranks' `x`; both contiguous, the same dtype (bfloat16, float16 or
@@ -78,7 +84,7 @@ class Exchange:
         assert 0 < num_bytes <= self.max_bytes and num_bytes % PACKET_BYTES == 0
         assert x.data_ptr() % PACKET_BYTES == 0 and out.data_ptr() % PACKET_BYTES == 0
         assert phase == "both" or interpreting()
-        _exchange[(num_programs(num_bytes),)](
+        _exchange[(num_programs(num_bytes, self.block),)](
             x.view(-1).view(torch.int64),
             out.view(-1).view(torch.int64),
             self.inboxes,
@@ -91,18 +97,14 @@ class Exchange:
             DTYPE=dtype,
             SEND=phase != "receive",
             RECEIVE=phase != "send",
-            SIZE=BLOCK,
+            SIZE=self.block,
             INTERPRET=interpreting(),
-            num_warps=BLOCK // WARP,
+            num_warps=self.block // WARP,
             **pdl_flags(self.pdl),
         )
 
 
-def state_words(max_bytes: int) -> int:
-    return _STATE_WORDS * num_programs(max_bytes)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["num_packets", "timeout_ns"])
 def _exchange(
     x_ptr: tl.tensor,
     out_ptr: tl.tensor,
