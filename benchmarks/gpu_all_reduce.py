@@ -27,6 +27,7 @@ import torch
 
 from pdrelay.engine.cuda_communicator import connect_gpus, one_shot_limit
 from pdrelay.engine.ipc_collectives import IpcCollectives
+from pdrelay.engine.kernels.triton.norm import add_rms_norm
 from pdrelay.engine.rendezvous import exchange
 from pdrelay.transport.cuda.driver import Driver
 
@@ -150,6 +151,23 @@ class Rank:
         for size in SIZES + LARGE:
             self.measure("pdrelay", size, self.communicator.all_reduce_)
 
+    def norms(self) -> None:
+        """With the residual added and normed: one kernel or two, rows of 4,096 numbers."""
+        communicator, width = self.communicator, 4096
+        weight = torch.ones(width, dtype=torch.bfloat16, device=self.device)
+
+        def fused(x: torch.Tensor) -> None:
+            rows = x.view(-1, width)
+            assert communicator.all_reduce_add_rms_norm(rows, rows, weight, 1e-5) is not None
+
+        def apart(x: torch.Tensor) -> None:
+            rows = x.view(-1, width)
+            add_rms_norm(communicator.all_reduce_(rows), rows, weight, 1e-5, pdl=True)
+
+        for name, operation in (("norm fused", fused), ("norm apart", apart)):
+            for num_rows in (2, 8, 16, 32, 64):
+                self._time_only(name, 2 * width * num_rows, operation)
+
     def symmetric_memory(self) -> None:
         """Checked with a copy into symmetric memory, timed without: its best case."""
         if not self.alone:
@@ -194,6 +212,7 @@ def rank_main(options: argparse.Namespace) -> None:
     rank.ours()
     rank.nccl()
     rank.as_served()
+    rank.norms()
     rank.communicator.barrier()
     try:
         rank.symmetric_memory()

@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import torch
 from model_harness import tiny_config
+from triton_harness import ulp_apart
 
 from pdrelay.core.block_manager import BlockManager
 from pdrelay.core.clock import monotonic_ns
@@ -22,6 +23,7 @@ from pdrelay.core.scheduler import Scheduler, SchedulerConfig
 from pdrelay.engine.attention import ForwardContext, PrefillSegment
 from pdrelay.engine.communicator import connect_ranks
 from pdrelay.engine.cuda_engine import build_engine, open_device, prepare_backend
+from pdrelay.engine.kernels.triton.norm import add_rms_norm
 from pdrelay.engine.models import build_model
 from pdrelay.engine.rendezvous import exchange
 from pdrelay.engine.startup_clock import StartupClock
@@ -87,10 +89,27 @@ def collectives(rank, directory, device):
         parts = [part(r, rows * width, device).view(rows, width) for r in range(WORLD)]
         gathered = communicator.all_gather_last_dim(parts[rank])
         assert torch.equal(gathered, torch.cat(parts, dim=1)), (rows, width)
+    fused_norms(communicator, device)
     counts = communicator.all_gather_last_dim(torch.tensor([[7 + rank]], device=device))
     assert counts.tolist() == [[7, 8]]
     communicator.barrier()
     communicator.close()
+
+
+def fused_norms(communicator, device):
+    """In one kernel as one after the other, but for roundings that another order of the norm's
+    sum tips: two bfloat16 steps."""
+    for rows, width in ((2, 4096), (64, 4096), (7, 4096), (64, 4096)):
+        weight = part(5, width, device)
+        x = part(communicator.rank, rows * width, device).view(rows, width)
+        residuals = [part(7, rows * width, device).view(rows, width) for _ in range(2)]
+        got = communicator.all_reduce_add_rms_norm(x.clone(), residuals[0], weight, 1e-5)
+        total = communicator.all_reduce_(x.clone())
+        wanted = add_rms_norm(total, residuals[1], weight, 1e-5)
+        assert torch.equal(*residuals), (rows, width)
+        assert ulp_apart(got, wanted) <= 2, (rows, width)
+    assert communicator.all_reduce_add_rms_norm(x[:1], residuals[0][:1], weight, 1e-5) is None
+    assert communicator.all_reduce_add_rms_norm(x[:, :64], residuals[0], weight, 1e-5) is None
 
 
 def graphs(rank, directory, device):
