@@ -8,6 +8,8 @@ Decode: `graph` is the device's time of a step (CUDA events around many), `step`
 a step in a pipeline of two, packing and reading included, as the loop runs it. Its floor is
 weights and KV at the read rate measured here. Prefill: `device` and `wall` of one prompt from plan
 to token, `launch` until the host had queued it. Its floor is FLOP at the GEMM rate measured here.
+`graph`: as served, by a CUDA graph; `store`: the same, into a second pool too, as for a decode
+worker; `eager`: launched kernel by kernel.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from pdrelay.core.clock import monotonic_ns
@@ -44,7 +48,13 @@ GREEDY = SamplingParams(max_tokens=1 << 20, seed=0, temperature=0.0, ignore_eos=
 BATCHES = (1, 8, 32, 64, 128)
 CONTEXTS = (512, 2048, 8192)
 CHUNKS = ((2048, 6144), (256, 2048))  # (length, context)
-LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
+LENGTHS = (32, 128, 200, 256, 512, 700, 1024, 2048, 4096, 8192)
+
+
+@dataclass(frozen=True)
+class _Remote:
+    tensor: torch.Tensor
+    slots: np.ndarray
 
 
 class Bench:
@@ -99,6 +109,7 @@ class Bench:
         else:
             accelerator = HostAccelerator()
             executor = StepExecutor(model, pool, accelerator, limits)
+            executor.capture_prefill_graphs()
             executor.capture_graphs()
             runner = CudaRunner(executor, accelerator, limits)
         with self.startup.phase("warm-up"):
@@ -223,14 +234,35 @@ class Bench:
         waiting.result()
         return device, 1e3 * (time.perf_counter() - start) / (repeats + 1)
 
-    def prefill(self, plan: StepPlan, repeats: int) -> tuple[float, float, float]:
+    def open_second_pool(self) -> float:
+        """Make `second_pool` and its graphs. Returns the ms that each graph took."""
+        num_blocks = min(64, self.layout.num_blocks)
+        shape = (self.layout.shape[0], num_blocks, *self.layout.shape[2:])
+        dtype = torch.bfloat16 if self.on_gpu else torch.float32
+        self.second_pool = torch.zeros(shape, dtype=dtype, device=self.device)
+        self.runner.pool_opened(self.second_pool)
+        start = time.perf_counter()
+        while self.runner.has_idle_work:
+            self.runner.do_idle_work()
+        self.synchronize()
+        graphs = len(self.executor.prefill_graphs.buckets)
+        return 1e3 * (time.perf_counter() - start) / graphs
+
+    def remote(self, plan: StepPlan) -> _Remote:
+        """Every row into the second pool, as far as it reaches."""
+        num_rows = sum(chunk.length for chunk in plan.chunks)
+        return _Remote(self.second_pool, np.arange(num_rows) % (self.second_pool.shape[1] * 64))
+
+    def prefill(
+        self, plan: StepPlan, repeats: int, remote: _Remote | None = None
+    ) -> tuple[float, float, float]:
         """Medians (device, wall, launch) ms of one prompt alone."""
         device, wall, launch = [], [], []
         for _ in range(repeats + 1):
             self.synchronize()
             start = time.perf_counter()
             with self.timed() as elapsed:
-                handle = self.runner.launch(plan, None, None)
+                handle = self.runner.launch(plan, None, remote)
                 launch.append(1e3 * (time.perf_counter() - start))
             handle.result()
             wall.append(1e3 * (time.perf_counter() - start))
@@ -267,6 +299,15 @@ class Bench:
             eager = self.runner.launch(plan, None, None).result().token_ids
             self.executor.replays = True
             print(f"  batch {batch}: {'equal' if graph == eager else f'{graph} != {eager}'}")
+        for bucket in self.executor.prefill_graphs.buckets:
+            plan = self.prefill_plan(bucket - 1)
+            graph = self.runner.launch(plan, None, None).result().token_ids
+            self.executor.replays = False
+            eager = self.runner.launch(plan, None, None).result().token_ids
+            self.executor.replays = True
+            if graph != eager:
+                print(f"  prompt of {bucket - 1}: {graph} != {eager}")
+        print(f"  prompts to {self.executor.prefill_graphs.buckets[-1]} compared")
 
     def watch_compiler(self) -> None:
         if self.on_gpu:
@@ -315,7 +356,9 @@ def print_decode(bench: Bench, read_rate: float, repeats: int) -> None:
 def print_prefill(bench: Bench, gemm_rate: float, repeats: int) -> None:
     layers, head = matmul_parameters(bench.config)
     config = bench.config
-    print("\nprefill    device ms    wall ms  launch ms   floor ms   wall/floor")
+    graphs = bench.executor.prefill_graphs
+    print(f"\ngraphs of a peer's pool: {bench.open_second_pool():.0f} ms each")
+    print("prefill           device ms    wall ms  launch ms   floor ms   wall/floor")
     most = min(bench.limits.max_num_batched_tokens, bench.layout.num_blocks * 64)
     cases = [(length, 0) for length in LENGTHS if length <= most]
     cases += [(length, context) for length, context in CHUNKS if length + context <= most]
@@ -324,12 +367,18 @@ def print_prefill(bench: Bench, gemm_rate: float, repeats: int) -> None:
         pairs = length * context + length * length / 2
         attention = config.num_layers * 4 * config.num_heads * config.head_dim * pairs
         floor = 1e3 * (2 * layers * length + 2 * head + attention) / gemm_rate
-        device, wall, launch = bench.prefill(bench.prefill_plan(length, context), repeats)
-        label = f"T={length}" + (f"+{context}" if context else "")
-        print(
-            f"{label:<10} {device:>9.3f} {wall:>10.3f} {launch:>10.3f} {floor:>10.3f}"
-            f" {wall / floor:>10.2f}"
-        )
+        plan = bench.prefill_plan(length, context)
+        has_graph = context == 0 and graphs.bucket_of(length, None) is not None
+        for kind in ("graph", "store", "eager") if has_graph else ("eager",):
+            graphs.in_use = kind != "eager"
+            remote = bench.remote(plan) if kind == "store" else None
+            device, wall, launch = bench.prefill(plan, repeats, remote)
+            label = f"T={length}" + (f"+{context}" if context else "")
+            print(
+                f"{label:<11} {kind:<5} {device:>9.3f} {wall:>10.3f} {launch:>10.3f} {floor:>10.3f}"
+                f" {wall / floor:>10.2f}"
+            )
+        graphs.in_use = True
 
 
 def print_variants(bench: Bench, repeats: int) -> None:
@@ -337,19 +386,21 @@ def print_variants(bench: Bench, repeats: int) -> None:
     backend = bench.model.backend
     ops, kernels = backend.ops, backend.kernels
     kept = ops.small_rows, kernels.pdl
-    print("\nvariants (context 512)    B=1 ms     B=4 ms     B=8 ms")
-    for small_rows in (0, 1, 8):
+    batches = [b for b in (1, 4, 8, 16, 32, 64) if b <= bench.limits.max_num_seqs]
+    print("\nvariants (context 512)   " + "".join(f"  B={b:<2} ms" for b in batches))
+    for small_rows in (0, 1, 8, 64):
         for pdl in (False, True):
             ops.small_rows, kernels.pdl = small_rows, pdl
-            bench.executor.capture_graphs((1, 4, 8))
+            bench.executor.capture_graphs(batches)
             times = []
-            for batch in (1, 4, 8):
+            for batch in batches:
                 plan = bench.decode_plan(batch, 512)
                 times.append(bench.decode(plan, repeats)[0] if plan else float("nan"))
             label = f"linear_small <= {small_rows}, pdl {'on' if pdl else 'off'}"
-            print(f"{label:<24}", *(f"{ms:>10.3f}" for ms in times))
+            print(f"{label:<25}" + "".join(f"{ms:>9.3f}" for ms in times))
     ops.small_rows, kernels.pdl = kept
-    bench.executor.capture_graphs((1, 4, 8))
+    bench.executor.capture_graphs(batches)
+    print_decode_variants(bench, repeats)
     print("\nchunks behind a prefix   2,048+6,144   256+2,048   (wall ms)")
     if bench.limits.max_num_batched_tokens < 8192:
         return
@@ -360,6 +411,24 @@ def print_variants(bench: Bench, repeats: int) -> None:
         label = "FlashAttention, gathered" if gathers else "own kernel, in place"
         print(f"{label:<24}", *(f"{ms:>10.3f}" for ms in walls))
     kernels.gathers_chunks = kept_gathers
+
+
+def print_decode_variants(bench: Bench, repeats: int) -> None:
+    """The decode kernel's pipeline depth and launch, in the whole step."""
+    kernels, batches = bench.model.backend.kernels, (1, 8, 32, 64)
+    if bench.limits.max_num_seqs < batches[-1]:
+        return
+    print("\ndecode kernel (context 640)  " + "  ".join(f"B={b} ms" for b in batches))
+    for stages in (None, 2, 3, 4, 5, 7):
+        for pdl in (True, False):
+            kernels.decode_stages, kernels.decode_pdl = stages, pdl
+            bench.executor.capture_graphs(batches)
+            plans = [bench.decode_plan(batch, 640) for batch in batches]
+            times = [bench.decode(plan, repeats)[0] if plan else float("nan") for plan in plans]
+            label = f"stages {stages or 'by rule'}, pdl {'on' if pdl else 'off'}"
+            print(f"{label:<26}", *(f"{ms:>8.3f}" for ms in times))
+    kernels.decode_stages = kernels.decode_pdl = None
+    bench.executor.capture_graphs(batches)
 
 
 def print_profile(bench: Bench) -> None:

@@ -262,6 +262,9 @@ def dot_variants(rows: int) -> Iterator[LinearTuning]:
         return
     grid = [(32, 256, 4, 4), (32, 256, 4, 6), (16, 512, 4, 4), (16, 256, 2, 6), (64, 256, 4, 4)]
     grid += [(32, 512, 4, 4), (64, 128, 4, 6)]
+    if rows > 16:
+        grid = [(32, 256, 4, 4), (32, 128, 4, 6), (64, 128, 4, 6), (64, 128, 8, 6), (64, 256, 8, 3)]
+        grid += [(128, 128, 8, 4), (32, 256, 8, 4)]
     for features, columns, warps, stages in grid if rows > 1 else grid[:3]:
         yield LinearTuning("dot", features, columns, warps, stages)
 
@@ -273,9 +276,9 @@ def label(tuning: LinearTuning) -> str:
 
 
 def bench_linear(bench: Bench) -> None:
-    """Plain layers, M = 1 and 8; every variant with PDL, the default also without."""
+    """Plain layers by M; every variant with PDL, the default also without."""
     pool = Pool()
-    for rows, (name, (n, k)) in itertools.product((1, 8), SHAPES.items()):
+    for rows, (name, (n, k)) in itertools.product((1, 8, 32, 64), SHAPES.items()):
         x, out = randn(rows, k), torch.empty(rows, n, dtype=BF16, device=DEVICE)
         weights = pool.weights(n, k)
         variants = [*dot_variants(rows)]
@@ -396,7 +399,9 @@ def decode_variants(batch: int, context: int) -> Iterator[tuple[int, int, bool, 
         yield rule, 3, False, True
         yield rule, 3, False, False
     else:
-        yield rule, 7, True, True
+        for stages in (2, 4, 6, 7):
+            yield rule, stages, True, True
+        yield rule, 7, True, False
 
 
 def bench_decode(bench: Bench) -> None:

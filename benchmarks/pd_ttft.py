@@ -7,7 +7,8 @@ All servers run throughout and are idle but for the one request in flight, so no
 meets all. Prints medians: TTFT, its ratio to the last topology's and the allowance 1.05 x + 2 ms,
 TTST - TTFT (in P/D it holds the hand-over) and ITL; then, for each number of streams, the ITL of
 that many decoding together. Greedy tokens of all topologies are compared.
-Servers share the GPUs: each gets its part of --gpu-memory-utilization.
+Servers share the GPUs: each gets its part of --gpu-memory-utilization. --attach adds servers that
+run already; where the last is vLLM's, the ratios are to vLLM.
 """
 
 from __future__ import annotations
@@ -131,6 +132,7 @@ async def run(args: argparse.Namespace) -> None:
                 print(f"{topology} is ready", flush=True)
                 if args.verbose:
                     print(log.read_text())
+            urls |= dict(given.split("=", 1) for given in args.attach)
             info = await fetch_server_info(next(iter(urls.values())))
             vocab_size = info.vocab_size or args.vocab_size
             await by_length(urls, args.lengths, args.samples, vocab_size)
@@ -142,6 +144,9 @@ def main() -> None:
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--topologies", nargs="+", default=["pd:1:1", "replicas:1"])
+    parser.add_argument(
+        "--attach", nargs="*", default=[], help="NAME=URL of servers that run already, vLLM's say"
+    )
     parser.add_argument("--transport", default="mapped")
     parser.add_argument("--lengths", type=int, nargs="*", default=[128, 512, 2048, 8192])
     parser.add_argument("--samples", type=int, default=11)

@@ -36,60 +36,13 @@ from typing import Any
 
 import aiohttp
 
+from pdrelay.model.config import BUILT_IN
+from pdrelay.model.shape_dir import write_shape_dir
+
 SOURCE = Path(__file__).resolve().parents[1] / "src"
 START_S = 420.0
 REQUEST_S = 180.0
 OUTPUT_TOKENS = 24
-
-LLAMA_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 128256,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-05,
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "bos_token_id": 128000,
-    "eos_token_id": 128001,
-}
-TINY = {
-    **LLAMA_8B,
-    "hidden_size": 256,
-    "intermediate_size": 768,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 32,
-    "vocab_size": 512,
-    "torch_dtype": "float32",
-    "bos_token_id": 510,
-    "eos_token_id": 511,
-}
-
-
-def write_model(directory: Path, shape: dict[str, Any]) -> None:
-    """A Hugging Face directory without weights; its tokenizer has a word an id."""
-    directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(shape))
-    vocabulary = {f"t{i}": i for i in range(int(shape["vocab_size"]))}
-    tokenizer = {
-        "version": "1.0",
-        "added_tokens": [],
-        "pre_tokenizer": {"type": "Whitespace"},
-        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "t0"},
-    }
-    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
-    (directory / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "t1"})
-    )
 
 
 def free_port() -> int:
@@ -131,7 +84,8 @@ class Bench:
     def environment(self, gpu: int) -> dict[str, str]:
         """Of an instance on GPU `gpu`, which it sees first. It sees its peer's too, unless
         --isolated-gpus: drivers differ in whether memory of an unseen GPU can be opened."""
-        env = {**os.environ, "PYTHONPATH": str(SOURCE), "HF_HUB_OFFLINE": "1"}
+        path = os.pathsep.join(filter(None, [str(SOURCE), os.environ.get("PYTHONPATH", "")]))
+        env = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
         env["VLLM_NO_USAGE_STATS"] = "1"
         if self.on_cpu:
             env |= {
@@ -459,11 +413,11 @@ def main() -> int:
     num_gpus = 0 if args.device == "cpu" else count_gpus()
     if args.device == "cuda" and not num_gpus:
         sys.exit("no GPU here: rehearse with --device cpu")
-    shape = TINY if args.device == "cpu" else LLAMA_8B
+    shape = "tiny" if args.device == "cpu" else "llama-3.1-8b"
     with tempfile.TemporaryDirectory(prefix="pdrelay-vllm-") as name:
         directory = Path(name)
-        write_model(directory / "model", shape)
-        bench = Bench(args, directory, num_gpus, int(str(shape["vocab_size"])))
+        write_shape_dir(shape, directory / "model")
+        bench = Bench(args, directory, num_gpus, BUILT_IN[shape].vocab_size)
         print(f"{'':20} {'tokens':>6}      TTFT    D TTFT       gap       ITL   equal", flush=True)
         rows = asyncio.run(run(bench))
     if args.out is not None:

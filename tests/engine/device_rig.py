@@ -91,6 +91,22 @@ class Decode:
         return {b for r in requests if r.status in kinds for b in r.block_table}
 
 
+class Pools:
+    """Hears of peers' pools; their memory is mapped whenever it hears."""
+
+    def __init__(self, fabric):
+        self.open = []
+        self._fabric = fabric
+
+    def pool_opened(self, pool):
+        assert self._fabric.opened and not any(pool is other for other in self.open)
+        self.open.append(pool)
+
+    def pool_closed(self, pool):
+        assert self._fabric.opened, "closed before its graphs were dropped"
+        self.open = [other for other in self.open if other is not pool]
+
+
 class Rig:
     def __init__(self, directory, *, num_blocks=48, consumers=1, budget=16, prefix_caching=True):
         self.directory = str(directory)
@@ -103,7 +119,9 @@ class Rig:
         blocks = BlockManager(num_blocks, enable_prefix_caching=prefix_caching)
         self.scheduler = Scheduler(SchedulerConfig(8, budget, BLOCK_SIZE), blocks)
         self.outbox = Outbox()
+        self.pools = Pools(self.fabric)
         self.producer = Producer(
+            pools=self.pools,
             instance="prefill-0",
             transport=self.transport,
             scheduler=self.scheduler,
@@ -148,6 +166,7 @@ class Rig:
                 slot = table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
                 rows.append((chunk.request.token_ids[position], position, slot))
         if remote is not None:
+            assert any(pool is remote.tensor for pool in self.pools.open)
             assert len(remote.slots) == len(rows)
             self.fused_rows += int((remote.slots >= 0).sum())
         self.producer.begin_step()
@@ -237,6 +256,7 @@ class Rig:
         for decode in self.decodes:
             decode.transport.close()
         self.transport.close()
+        assert not self.pools.open
         assert not self.fabric.opened, "a mapping was left open"
         for pages in (self.pages, *(decode.pages for decode in self.decodes)):
             pages.close()

@@ -123,6 +123,93 @@ def test_graphs_give_what_eager_gives(engine, monkeypatch):
     assert serve(engine.runner, requests(5)) == graphs
 
 
+class Remote:
+    """A second pool here stands for a peer's."""
+
+    def __init__(self, pool, slots):
+        self.tensor, self.slots = pool, slots
+
+
+def prompt_step(length):
+    scheduler = Scheduler(
+        SchedulerConfig(16, 1024, BLOCK_SIZE),
+        BlockManager(NUM_BLOCKS, enable_prefix_caching=False),
+    )
+    rng = random.Random(length)
+    params = SamplingParams(max_tokens=2, seed=0, temperature=0.0, ignore_eos=True)
+    prompt = [rng.randrange(VOCAB) for _ in range(length)]
+    scheduler.add(
+        Request(EngineRequest(request_id="p", prompt_token_ids=prompt, params=params, arrived_ns=0))
+    )
+    return scheduler.schedule()
+
+
+def pages_of(pool, plan):
+    """[layers, 2, tokens, heads, dim] of the plan's one prompt."""
+    (chunk,) = plan.chunks
+    used = pool[:, chunk.request.block_table].transpose(1, 2).flatten(2, 3)
+    return used[:, :, : chunk.length].clone()
+
+
+LENGTHS = (1, 7, 32, 33, 100, 128, 150, 250, 256, 300, 511, 512, 640, 700, 900, 1023, 1024)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_prefill_graphs_equal_the_same_launches(engine, monkeypatch, length):
+    """Bits of the token and of every page, against the bucket launched kernel by kernel; and
+    nearly those of the exact length."""
+    executor, plan = engine.executor, prompt_step(length)
+    pool = executor._kv_pool
+    assert executor.prefill_graphs.bucket_of(length, None) is not None
+
+    def run():
+        pool.zero_()
+        tokens = engine.runner.launch(plan, None, None).result().token_ids
+        return tokens, pages_of(pool, plan), int(pool.count_nonzero())
+
+    tokens, pages, stored = run()
+    assert stored <= pages.numel(), "padding rows were stored"
+    again, pages_again, _ = run()
+    assert again == tokens and torch.equal(pages, pages_again)
+    monkeypatch.setattr(executor, "replays", False)
+    launched, launched_pages, _ = run()
+    assert launched == tokens and torch.equal(pages, launched_pages)
+    monkeypatch.setattr(executor.prefill_graphs, "in_use", False)
+    _, exact_pages, _ = run()
+    difference = (pages.float() - exact_pages.float()).norm()
+    assert difference < 2e-2 * exact_pages.float().norm()
+
+
+def test_prefill_graphs_that_store_into_a_peers_pool(engine):
+    executor, runner = engine.executor, engine.runner
+    pool = executor._kv_pool
+    peer = torch.zeros_like(pool[:, :40])
+    runner.pool_opened(peer)
+    try:
+        while runner.has_idle_work:
+            runner.do_idle_work()
+        assert not peer.any(), "capturing stores nothing"
+        for length in LENGTHS:
+            plan = prompt_step(length)
+            slots = torch.randperm(40 * BLOCK_SIZE)[:length].numpy()
+            slots[: length // 3] = -1  # it has the first
+            assert executor.prefill_graphs.bucket_of(length, peer) is not None
+            peer.zero_()
+            with_peer = runner.launch(plan, None, Remote(peer, slots)).result().token_ids
+            pages = pages_of(pool, plan)
+            alone = runner.launch(plan, None, None).result().token_ids
+            assert with_peer == alone and torch.equal(pages, pages_of(pool, plan))
+            lines = peer.transpose(1, 2).flatten(2, 3)
+            there = torch.from_numpy(slots[length // 3 :]).to(CUDA)
+            assert torch.equal(lines[:, :, there], pages[:, :, length // 3 :])
+            assert int(peer.count_nonzero()) == int(pages[:, :, length // 3 :].count_nonzero())
+    finally:
+        runner.pool_closed(peer)
+    assert executor.prefill_graphs.bucket_of(100, peer) is None
+    runner.do_idle_work()  # what was dropped is destroyed now
+    assert not runner.has_idle_work
+
+
 @pytest.mark.parametrize("params", [{}, {"temperature": 0.9, "top_p": 0.9, "top_k": 50}])
 def test_overlap_gives_what_the_plain_loop_gives(engine, params):
     """One request at a time: batches are the same then, whatever the loop."""

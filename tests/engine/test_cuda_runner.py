@@ -34,6 +34,7 @@ from pdrelay.engine.cuda_runner import CudaFollower, CudaRunner
 from pdrelay.engine.decode_buckets import bucket_of, decode_buckets
 from pdrelay.engine.kernels.gpu import TorchKernels
 from pdrelay.engine.models import build_model
+from pdrelay.engine.prefill_graphs import prefill_buckets
 from pdrelay.engine.runner import ModelRunner
 from pdrelay.engine.step import needs_host_tokens
 from pdrelay.engine.step_executor import StepExecutor, StepLimits
@@ -51,7 +52,7 @@ VOCAB = 101
 LIMITS = StepLimits(6, 48, 256, BLOCK_SIZE)
 
 
-def make_executor(config, *, num_blocks=64, communicator=None):
+def make_executor(config, *, num_blocks=64, communicator=None, accelerator=None):
     """One rank's executor on the CPU, and its pool."""
     ranks = communicator.world_size if communicator else 1
     shape = AttentionShape(config.num_heads // ranks, config.num_kv_heads // ranks, config.head_dim)
@@ -61,7 +62,8 @@ def make_executor(config, *, num_blocks=64, communicator=None):
     backend.qkv_buffer.reserve(LIMITS.max_num_batched_tokens)
     layout = kv_layout(config, BLOCK_SIZE, num_blocks, "float32", ranks)
     pool = torch.full(layout.shape, 7.5)
-    executor = StepExecutor(model, pool, HostAccelerator(), LIMITS)
+    executor = StepExecutor(model, pool, accelerator or HostAccelerator(), LIMITS)
+    executor.capture_prefill_graphs()
     executor.capture_graphs()
     return executor, pool
 
@@ -211,6 +213,154 @@ def test_a_step_stores_into_a_peers_pages_too():
     assert torch.all(peer[:, untouched] == 7.5) and torch.all(peer[:, 5, :, 4:] == 7.5)
 
 
+def prompt_plan(name, length):
+    scheduler = make_scheduler()
+    add(scheduler, name, [(7 * i) % VOCAB for i in range(length)], max_tokens=1)
+    return scheduler.schedule()
+
+
+class CountingAccelerator(HostAccelerator):
+    """Counts replays; `barred`: replays that must not happen any more."""
+
+    def __init__(self):
+        self.replays = 0
+        self.barred = False
+
+    def capture(self, work):
+        def replay():
+            assert not self.barred
+            self.replays += 1
+            work()
+
+        return replay
+
+
+def counted_runner(config):
+    accelerator = CountingAccelerator()
+    executor, pool = make_executor(config, accelerator=accelerator)
+    return CudaRunner(executor, accelerator, LIMITS), pool, accelerator
+
+
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 47, 48])
+def test_a_short_prompt_alone_runs_a_graph_and_padding_changes_nothing(length):
+    config = small_config()
+    runner, pool, accelerator = counted_runner(config)
+    plain = plain_runner(config)
+    plan = prompt_plan("a", length)
+    (table,) = [chunk.request.block_table for chunk in plan.chunks]
+    tokens = runner.launch(plan, None, None).result().token_ids
+    assert accelerator.replays == 1
+    assert tokens == plain.launch(plan, None, None).result().token_ids
+    torch.testing.assert_close(pool, plain._kv_pool)
+    others = [block for block in range(64) if block not in table]
+    assert torch.all(pool[:, others] == 7.5), "padding rows were stored"
+
+
+def test_what_is_not_one_fresh_prompt_runs_without_a_prefill_graph():
+    runner, _, accelerator = counted_runner(small_config())
+    scheduler = make_scheduler()
+    add(scheduler, "a", list(range(20)), max_tokens=1)
+    add(scheduler, "b", list(range(50, 59)), max_tokens=1)
+    serve(runner, scheduler, 1)  # two prompts in a step
+    add(scheduler, "c", list(range(40)), max_tokens=1)
+    serve(runner, scheduler, 1)  # behind cached tokens
+    add(scheduler, "d", [9] * 20, max_tokens=1, prompt_logprobs=1)
+    serve(runner, scheduler, 1)
+    add(scheduler, "e", [8] * 60, max_tokens=1)
+    serve(runner, scheduler, 1)  # two chunks
+    assert accelerator.replays == 0
+    add(scheduler, "f", [3] * 20, max_tokens=1, temperature=0.7, top_k=3, logprobs=2)
+    serve(runner, scheduler, 1)
+    assert accelerator.replays == 1
+
+
+def test_layers_of_a_graph_step_are_announced_in_order_behind_it():
+    config = small_config()
+    runner, pool, accelerator = counted_runner(config)
+    plan = prompt_plan("a", 20)
+    (table,) = [chunk.request.block_table for chunk in plan.chunks]
+    seen = []
+
+    def hook(layer):
+        assert accelerator.replays == 1 and not torch.any(pool[:, table[0]] == 7.5)
+        seen.append(layer)
+
+    runner.launch(plan, hook, None).result()
+    assert seen == list(range(config.num_layers))
+
+
+def stored(runner, peer, length=20):
+    """Launch a prompt that is stored into `peer` too, at blocks 4, 5 and 6; its hand-over's
+    pages, and the own ones."""
+    plan = prompt_plan("a", length)
+    slots = np.arange(length) + 4 * BLOCK_SIZE
+    runner.launch(plan, None, SimpleNamespace(tensor=peer, slots=slots)).result()
+    return plan.chunks[0].request.block_table
+
+
+def test_graphs_of_a_peers_pool_store_what_the_same_step_stores_without_one():
+    config = small_config()
+    runner, pool, accelerator = counted_runner(config)
+    peers = [torch.full((config.num_layers, 9, *pool.shape[2:]), 7.5) for _ in range(2)]
+    for peer in peers:
+        runner.pool_opened(peer)
+    assert runner.has_idle_work
+    table = stored(runner, peers[0])
+    assert accelerator.replays == 0, "not captured yet"
+    eager = peers[0].clone()
+    assert torch.equal(eager[:, 4:6], pool[:, table[:2]])
+    while runner.has_idle_work:
+        runner.do_idle_work()
+    assert accelerator.replays == 0 and torch.equal(peers[0], eager), "capturing stores nothing"
+    peers[0].fill_(7.5)
+    table = stored(runner, peers[0])
+    assert accelerator.replays == 1 and torch.equal(peers[0][:, 4:6], pool[:, table[:2]])
+    torch.testing.assert_close(peers[0], eager)  # another batch size: other last bits
+    assert torch.all(peers[1] == 7.5)
+    stored(runner, peers[1])
+    assert accelerator.replays == 2 and torch.equal(peers[1], peers[0])
+
+
+@pytest.mark.parametrize("captured", ["none", "some", "all"])
+def test_graphs_go_with_the_peers_pool(captured):
+    """Not even another pool at the same address runs them."""
+    config = small_config()
+    runner, pool, accelerator = counted_runner(config)
+    peer = torch.full((config.num_layers, 9, *pool.shape[2:]), 7.5)
+    runner.pool_opened(peer)
+    for _ in range({"none": 0, "some": 1, "all": 9}[captured]):
+        if runner.has_idle_work:
+            runner.do_idle_work()
+    runner.pool_closed(peer)
+    runner.pool_closed(peer)  # twice is once
+    accelerator.barred = True
+    again = peer.view(peer.shape)
+    assert again.data_ptr() == peer.data_ptr()
+    bucket_of = runner._executor.prefill_graphs.bucket_of
+    assert bucket_of(20, peer) is None and bucket_of(20, again) is None
+    stored(runner, again)
+    for bucket in runner._executor.prefill_graphs.buckets:
+        with pytest.raises(AssertionError, match="not open"):
+            runner._executor.prefill_graphs.run(bucket, peer)
+    while runner.has_idle_work:
+        runner.do_idle_work()
+    assert bucket_of(20, peer) is None
+    runner.pool_opened(again)
+    while runner.has_idle_work:
+        runner.do_idle_work()
+    accelerator.barred = False
+    assert bucket_of(20, again) == 32 and bucket_of(20, None) == 32
+    assert accelerator.replays == 0
+
+
+def test_prefill_buckets():
+    assert prefill_buckets(8192) == prefill_buckets(1024)
+    assert prefill_buckets(1024)[-1] == 1024
+    assert prefill_buckets(300)[-2:] == (256, 300)
+    assert prefill_buckets(5) == (5,)
+    assert all(a < b for a, b in pairwise(prefill_buckets(1024)))
+
+
 def test_buckets():
     assert decode_buckets(1) == (1,)
     assert decode_buckets(8) == (1, 2, 4, 8)
@@ -279,8 +429,8 @@ def test_arrays_of_a_step_are_aligned_do_not_overlap_and_fit(seed):
     )
     at = header.words()
     starts = [at.token_ids, at.sources, at.positions, at.slots, at.seq_lens, at.logits_rows]
-    starts += [at.draws, at.remote, at.tables]
-    sizes = [row] * 4 + [-(-row // 2), header.num_logits, 5 * header.num_draws, row]
+    starts += [at.remote, at.draws, at.tables]
+    sizes = [row] * 4 + [-(-row // 2), header.num_logits, row, 5 * header.num_draws]
     assert all(start % 2 == 0 for start in starts)
     for (start, following), size in zip(pairwise(starts), sizes, strict=True):
         assert start + size <= following

@@ -49,6 +49,8 @@ def serve(kernels, num_requests, small_rows):
     limits = StepLimits(4, 64, 128, 16)
     pool = torch.zeros(kv_layout(config, 16, 16, "float32").shape)
     executor = StepExecutor(model, pool, HostAccelerator(), limits)
+    if num_requests == 1:  # a step without graphs otherwise
+        executor.capture_prefill_graphs()
     executor.capture_graphs()
     runner = CudaRunner(executor, HostAccelerator(), limits)
     scheduler = Scheduler(SchedulerConfig(4, 64, 16), BlockManager(16))

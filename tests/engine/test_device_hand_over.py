@@ -184,6 +184,7 @@ def test_a_lost_consumers_mapping_is_closed_behind_the_last_store(rig):
     decode.consumer.close()
     rig.producer.poll()
     assert rig.fabric.opened and not rig.producer.channels()
+    assert not rig.pools.open, "graphs with its address go first"
     rig.device.run()
     rig.transport.poll()
     assert not rig.fabric.opened

@@ -158,3 +158,28 @@ def test_hand_over_between_asynchronous_instances(kit):
         assert door.seen[name].tokens() == expected
     door.settle()
     door.drain()
+
+
+def test_idle_work_waits_until_no_step_is_in_flight(monkeypatch):
+    replica = Instance("replica-0", overlap=True)
+    door = FrontDoor(replica)
+    kind, left, done = type(replica.runner), [3], threading.Event()
+
+    def do_idle_work(runner):
+        assert not replica.loop._in_flight
+        left[0] -= 1
+        if not left[0]:
+            done.set()
+
+    gate = Gate(replica.runner, 1)
+    door.submit(replica, door.request("a", [1, 2, 3], 8))
+    assert gate.reached.wait(20)
+    monkeypatch.setattr(kind, "has_idle_work", property(lambda runner: left[0] > 0))
+    monkeypatch.setattr(kind, "do_idle_work", do_idle_work)
+    after_a_turn(door, replica)
+    assert left == [3], "a step computes"
+    gate.go.set()
+    door.finish()
+    assert door.seen["a"].tokens() == expected_tokens([1, 2, 3], 8)
+    assert done.wait(20), "the loop is idle"
+    door.drain()

@@ -9,6 +9,7 @@ from pdrelay.engine.kernels.triton.attention_decode import (
     paged_decode,
     split_rule,
 )
+from pdrelay.engine.kernels.triton.split_rule import fills_waves, pipeline_stages
 
 
 def make_batch(seq_lens, num_kv_heads, head_dim, block_size, dtype=torch.bfloat16):
@@ -115,3 +116,17 @@ def test_split_rule_of_the_8b_shape():
     assert split_rule(1, 8, 8192, 132) == 32
     assert split_rule(1, 8, 512, 132) == 8
     assert split_rule(32, 8, 8192, 132) == 1
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_the_pipeline_fits_shared_memory(head_dim):
+    for num_splits in (1, 2, 32):
+        stages = pipeline_stages(num_splits, head_dim, 2)
+        assert stages >= 3
+        assert stages * 2 * 64 * head_dim * 2 <= 227 << 10
+    assert pipeline_stages(1, 128, 2) == 7 and pipeline_stages(8, 128, 2) == 3
+
+
+def test_waves():
+    assert fills_waves(128, 132) and fills_waves(264, 132) and fills_waves(4008, 132)
+    assert not fills_waves(133, 132) and not fills_waves(192, 132) and not fills_waves(100, 132)

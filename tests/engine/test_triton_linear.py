@@ -6,6 +6,7 @@ from triton_harness import EPS, ON_GPU, equal_but_for_rounding, randn, relative_
 
 from pdrelay.engine.kernels.triton.linear_small import (
     LinearTuning,
+    beats_cublas,
     default_tuning,
     gate_up_silu,
     linear_small,
@@ -100,7 +101,7 @@ def test_a_row_has_the_same_bits_in_any_batch():
         assert torch.equal(together[row : row + 1], alone)
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 8])
+@pytest.mark.parametrize("num_rows", [1, 2, 8, 24, 64])
 @pytest.mark.parametrize(
     ("out_features", "in_features"), [(6144, 4096), (1024, 64), (8, 14336), (64, 2560)]
 )
@@ -111,11 +112,22 @@ def test_default_tuning_is_one_the_kernels_take(num_rows, out_features, in_featu
         assert size & (size - 1) == 0
     paired = default_tuning(num_rows, out_features, in_features, paired=True)
     assert paired.features <= tuning.features
+    for kind, lines in ((tuning, tuning.features), (paired, 2 * paired.features)):
+        if kind.kernel == "dot":
+            rows = max(16, 1 << (num_rows - 1).bit_length())
+            assert kind.stages >= 2 and kind.stages * (rows + lines) * kind.columns * 2 <= 227 << 10
     if num_rows == 1 and in_features >= 256:
         assert in_features % tuning.columns == 0
 
 
 def test_default_tuning_computes():
-    for num_rows in (1, 4):
+    for num_rows in (1, 4, 17, 40):
         x, weight = randn(num_rows, 256), randn(32, 256, seed=1)
         assert relative_error(linear_small(x, weight), x.double() @ weight.double().T) < 5e-3
+
+
+def test_the_8b_shapes_that_take_the_dot_kernel():
+    """By `benchmarks/gpu_kernels.py`: o, gate_up, down and lm_head, but not qkv."""
+    for out_features in (4096, 28672, 128256):
+        assert beats_cublas(8, out_features, 132)
+    assert not beats_cublas(8, 6144, 132) and beats_cublas(1, 6144, 132)

@@ -33,13 +33,13 @@ def test_everything_at_once(tmp_path):
         str(trace), "--time-scale", "0.5", "--max-input-len", "100", "--max-output-len", "9",
         "--trace-duration", "60", "--transport", "tcp", "--repeats", "3", "--seed", "7", "--out",
         str(tmp_path / "out"), "--engine", "native", "--device", "cpu", "--dtype", "float32",
-        "--time-limit", "99", "--goodput", "ttft:9",
+        "--time-limit", "99", "--goodput", "ttft:9", "--allow-oversubscribe",
     )  # fmt: skip
     assert chosen.experiments == ("ttft", "interference")
     assert chosen.trace.time_scale == 0.5
     assert (chosen.trace.max_input_len, chosen.trace.max_output_len) == (100, 9)
     assert chosen.args_of(chosen.topologies[0]) == (
-        "--device", "cpu", "--dtype", "float32", "--transport", "tcp"
+        "--device", "cpu", "--dtype", "float32", "--allow-oversubscribe", "--transport", "tcp"
     )  # fmt: skip
     assert (chosen.repeats, chosen.seed, chosen.scale.budget_s) == (3, 7, 99.0)
     assert (chosen.slo.ttft_ms, chosen.slo.tpot_ms) == (9, None)

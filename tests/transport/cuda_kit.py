@@ -51,10 +51,35 @@ class LocalDevice(CudaDevice):
     def close_peer(self, address):
         pages = next(pages for pages in self.fabric.opened if pages.address == address)
         self.fabric.opened.remove(pages)
+        pages.release()
+
+
+class LocalPages(CudaPages):
+    """Closed pages stay until nobody has them open, as memory that is mapped by IPC does.
+
+    Freed at once, a producer's next copy would go to an address that CUDA knows no longer, takes
+    for pageable host memory, and fills from a thread of the driver's: SIGSEGV.
+    """
+
+    def __init__(self, layout, fabric):
+        super().__init__(layout, LocalDevice(fabric))
+        self._fabric = fabric
+        self._closed = self._freed = False
+
+    def close(self):
+        self._closed = True
+        if self in self._fabric.cuda:
+            self._fabric.cuda.remove(self)  # nobody opens it any more
+        self.release()
+
+    def release(self):
+        if self._closed and not self._freed and self not in self._fabric.opened:
+            self._freed = True
+            super().close()
 
 
 def make_pages(layout, fabric):
-    pages = CudaPages(layout, LocalDevice(fabric))
+    pages = LocalPages(layout, fabric)
     pages.array = CudaArray(pages.tensor, layout)
     if not hasattr(fabric, "cuda"):
         fabric.cuda = []

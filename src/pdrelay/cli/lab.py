@@ -9,7 +9,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pdrelay.cli.options import Option, add_options, choice, integer, number, read_options, text
+from pdrelay.cli.options import (
+    Option,
+    add_options,
+    choice,
+    integer,
+    number,
+    read_options,
+    switch,
+    text,
+)
 from pdrelay.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -122,6 +131,12 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("dtype", choice("auto", "float32", "bfloat16"), "auto (default)", "NAME"),
         Option("load-format", choice("auto", "dummy"), "auto (default), dummy", "NAME"),
         Option("max-model-len", integer(1, 1 << 24), "longest prompt + output", "N"),
+        Option(
+            "allow-oversubscribe",
+            switch,
+            "more ranks than cores (GPUs): their latencies mean little",
+            is_switch=True,
+        ),
     ],
 }
 _TO_SERVERS = ("device", "dtype", "load_format", "max_model_len")
@@ -266,6 +281,8 @@ def _serve_args(values: Mapping[str, Any]) -> list[str]:
     for key in _TO_SERVERS:
         if key in values:
             arguments += [f"--{key.replace('_', '-')}", str(values[key])]
+    if values.get("allow_oversubscribe"):
+        arguments.append("--allow-oversubscribe")
     return arguments
 
 

@@ -103,6 +103,7 @@ class CudaAccelerator:
         self.device = device
         self._news = StepNews()
         self._pool = torch.cuda.graph_pool_handle()
+        self._capturing = torch.cuda.Stream(device)
         self._watched: queue.SimpleQueue[DeviceEvent | None] = queue.SimpleQueue()
         self._watcher = threading.Thread(target=self._watch_all, name="step-watcher", daemon=True)
         self._watcher.start()
@@ -125,9 +126,15 @@ class CudaAccelerator:
 
     def capture(self, work: Work) -> Work:
         graph = torch.cuda.CUDAGraph()
-        # Other threads (transports) may use the device meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            work()
+        torch.cuda.synchronize(self.device)
+        # Not by `torch.cuda.graph`: it would give back all cached memory, which steps that are
+        # not graphs need again at once. Other threads (transports) may use the device meanwhile.
+        with torch.cuda.stream(self._capturing):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                work()
+            finally:
+                graph.capture_end()
         return graph.replay
 
     def synchronize(self) -> None:

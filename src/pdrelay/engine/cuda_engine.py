@@ -115,6 +115,9 @@ def build_engine(
         with startup.phase("cuDNN plans"):
             attention.build_plans(limits.max_num_batched_tokens)
             accelerator.synchronize()
+    with startup.phase("prefill graphs"):
+        executor.capture_prefill_graphs()
+        accelerator.synchronize()
     with startup.phase("decode graphs"):
         executor.capture_graphs()
         accelerator.synchronize()

@@ -28,7 +28,7 @@ class CudaLinear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         num_rows = x.shape[0]
         out = self.out(num_rows)
-        if num_rows <= self.ops.small_rows:
+        if self.ops.takes_small(num_rows, self.weight.shape[0]):
             return self.ops.kernels.small_linear(x, self.weight, self.bias, out)
         if self.bias is None:
             return torch.mm(x, self.transposed, out=out)
@@ -38,8 +38,8 @@ class CudaLinear:
 class CudaOps:
     """Results are new tensors, except the `qkv` layer's, which lies in the QkvBuffer.
 
-    Batches of at most `small_rows` take own linear kernels, which read the weights faster than
-    cuBLAS and do norm and activation on the way; larger ones cuBLAS.
+    Batches of at most `small_rows` take own linear kernels where those read the weights faster than
+    cuBLAS; one row, they do norm and activation on the way.
     """
 
     def __init__(self, kernels: GpuKernels, buffer: QkvBuffer, *, small_rows: int = 1) -> None:
@@ -49,6 +49,11 @@ class CudaOps:
         self._buffer = buffer
         self.add_rms_norm = kernels.add_rms_norm
         self.silu_mul = kernels.silu_mul
+
+    def takes_small(self, num_rows: int, out_features: int) -> bool:
+        return num_rows <= self.small_rows and self.kernels.small_linear_wins(
+            num_rows, out_features
+        )
 
     def linear(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
         into = self._buffer if name == "qkv" else None
@@ -64,7 +69,7 @@ class CudaOps:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         assert isinstance(linear, CudaLinear)
         num_rows = residual.shape[0]
-        if num_rows > self.small_rows:
+        if num_rows > min(1, self.small_rows):
             return linear(self.add_rms_norm(x, residual, norm_weight, eps)), residual
         return self.kernels.small_norm_linear(
             x, residual, norm_weight, eps, linear.weight, linear.bias, linear.out(num_rows)
@@ -79,7 +84,7 @@ class CudaOps:
         gate_up: Linear,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         assert isinstance(gate_up, CudaLinear)
-        if residual.shape[0] > self.small_rows or gate_up.bias is not None:
+        if residual.shape[0] > min(1, self.small_rows) or gate_up.bias is not None:
             h = self.add_rms_norm(x, residual, norm_weight, eps)
             return self.silu_mul(gate_up(h)), residual
         return self.kernels.small_norm_gate_up(x, residual, norm_weight, eps, gate_up.weight)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,6 +92,7 @@ class CudaRunner:
             first_host_token=limits.first_host_token,
             table_width=limits.table_width,
             bucket_of=executor.bucket_of,
+            prefill_bucket_of=executor.prefill_graphs.bucket_of,
         )
         self._free = _stagings(accelerator, limits)
         # Where the last step's sampled tokens are: a row on the device, or known to the host.
@@ -102,6 +104,22 @@ class CudaRunner:
 
     def drain_news(self) -> None:
         self._accelerator.drain_news()
+
+    @property
+    def has_idle_work(self) -> bool:
+        return self._executor.prefill_graphs.due
+
+    @torch.inference_mode()
+    def do_idle_work(self) -> None:
+        self._executor.prefill_graphs.capture_next()
+
+    def pool_opened(self, pool: Any) -> None:
+        """Steps may store into this pool of a peer from now on: `RemoteSlots.tensor`."""
+        self._executor.prefill_graphs.open_pool(pool)
+
+    def pool_closed(self, pool: Any) -> None:
+        """They will not any more. Call it before the mapping is closed."""
+        self._executor.prefill_graphs.close_pool(pool)
 
     @torch.inference_mode()
     def launch(
@@ -118,7 +136,7 @@ class CudaRunner:
             Sampling(rows, on_host=on_host),
             self._sampled_rows,
             self._known_tokens,
-            None if remote is None else remote.slots,
+            remote,
             staging.words.numpy(),
         )
         if self.broadcast is not None:

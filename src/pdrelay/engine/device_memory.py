@@ -18,7 +18,8 @@ _GIB = 1 << 30
 # CUDA context, cuBLAS and cuDNN workspaces, Triton modules: outside torch's allocator. Measured
 # by nobody in advance, so a bound; a rank that finds less free memory than this leaves takes less.
 _OUTSIDE_BYTES = _GIB
-# Private memory of the decode graphs besides their logits.
+# Private memory of the graphs besides decode's logits: one step of the largest prefill bucket, in
+# which the others fit, and the graphs themselves.
 _GRAPH_BYTES = _GIB // 2
 
 

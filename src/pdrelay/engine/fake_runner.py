@@ -135,6 +135,13 @@ class FakeRunner:
     def drain_news(self) -> None:
         pass
 
+    @property
+    def has_idle_work(self) -> bool:
+        return False
+
+    def do_idle_work(self) -> None:
+        pass
+
 
 class AsyncFakeRunner:
     """Computes launched steps in order on a thread. `before_step(number)` runs on it and may wait.
@@ -169,6 +176,13 @@ class AsyncFakeRunner:
 
     def drain_news(self) -> None:
         self._news.drain()
+
+    @property
+    def has_idle_work(self) -> bool:
+        return False
+
+    def do_idle_work(self) -> None:
+        pass
 
     def close(self) -> None:
         self._queue.put(None)

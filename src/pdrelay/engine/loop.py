@@ -42,6 +42,8 @@ from pdrelay.engine.step_pacer import StepPacer
 from pdrelay.transport.base import Transport
 
 STATS_INTERVAL_NS = 100_000_000
+# Without news for so long, the runner may do idle work: longer than the gaps of a burst.
+_QUIET_S = 0.02
 _IDLE_WAIT_S = 1.0  # an idle loop wakes for deadlines at least this often
 
 
@@ -104,6 +106,8 @@ class EngineLoop:
             worked = self._read_steps()
             if worked:
                 self._flush()  # tokens leave before the next step is planned
+                if self._producer is not None:
+                    self._producer.poll()  # and what the step completed is committed
             worked |= self._launch_steps()
             worked |= self._read_steps()
             self._flush()
@@ -127,7 +131,11 @@ class EngineLoop:
             done = self._runner.fileno()
             if done is not None:
                 selector.register(done, selectors.EVENT_READ)
-            selector.select(self._timeout_s())
+            if self._runner.has_idle_work and not self._in_flight:
+                if not selector.select(_QUIET_S):
+                    self._runner.do_idle_work()
+            else:
+                selector.select(self._timeout_s())
         self._runner.drain_news()
 
     def _timeout_s(self) -> float:

@@ -20,7 +20,7 @@ import socket
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -125,6 +125,15 @@ class Outgoing:
     table: list[int] = field(default_factory=list)  # `request.block_table` as last seen
 
 
+class PoolListener(Protocol):
+    """Prepares steps that store into a peer's pool (`RemoteSlots.tensor`)."""
+
+    def pool_opened(self, pool: Any) -> None: ...
+
+    def pool_closed(self, pool: Any) -> None:
+        """No step will name it any more; its mapping is closed next."""
+
+
 class Producer:
     """Drives hand-overs from the engine's thread. Calls nothing that blocks."""
 
@@ -139,7 +148,10 @@ class Producer:
         checksum: Checksum,
         timeout_s: float,
         clock: Clock,
+        pools: PoolListener | None = None,
     ) -> None:
+        """`pools` hears of the pools that `remote_store` names."""
+        self._pools = pools
         self._instance = instance
         self._transport = transport
         self._scheduler = scheduler
@@ -408,6 +420,9 @@ class Producer:
             peer.refusal = str(error)
             peer.channel.close()
             return
+        pool = peer.link.remote_pool
+        if self._pools is not None and pool is not None:
+            self._pools.pool_opened(pool.tensor)
         for outgoing in self._of(peer):
             self._link_ready(outgoing)
 
@@ -420,6 +435,9 @@ class Producer:
             reason = f"cannot be reached: {peer.refusal}" if peer.refusal else "is gone; try again"
             self._fail(outgoing, WorkerLostError(f"{peer.instance} {reason}"))
         if peer.link is not None:
+            pool = peer.link.remote_pool
+            if self._pools is not None and pool is not None:
+                self._pools.pool_closed(pool.tensor)
             peer.link.close()
             self._leaving[peer.address] = peer.link
         peer.channel.close()
@@ -456,6 +474,8 @@ class Producer:
                     outgoing.request.block_table[piece.start : piece.stop],
                     outgoing.hand_over.destinations(piece),
                 )
+            if pieces:
+                link.flush(request_id)
         except TransportError as error:
             self._fail(outgoing, WorkerLostError(f"KV hand-over failed: {error}"))
             return

@@ -80,6 +80,13 @@ class ModelRunner:
     def drain_news(self) -> None:
         pass
 
+    @property
+    def has_idle_work(self) -> bool:
+        return False
+
+    def do_idle_work(self) -> None:
+        pass
+
     @torch.inference_mode()
     def launch(
         self, plan: StepPlan, after_layer: LayerHook | None, remote: RemoteSlots | None

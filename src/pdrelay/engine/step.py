@@ -76,6 +76,13 @@ class Runner(Protocol):
     def drain_news(self) -> None:
         """Make `fileno` unreadable until the next step is done."""
 
+    @property
+    def has_idle_work(self) -> bool:
+        """Whether `do_idle_work` has something to do."""
+
+    def do_idle_work(self) -> None:
+        """Some 10 ms of work that makes later steps faster. Only while no step is unread."""
+
 
 @dataclass(frozen=True)
 class DoneStep:

@@ -5,9 +5,10 @@ before it sampled (`sampled`), and the device copy of a step's inputs is overwri
 step that reads them is over. The pinned host copies are the caller's: one must stay untouched
 until its step is done.
 
-Decode batches replay CUDA graphs at bucket sizes. Inputs lie at addresses fixed by the bucket;
-padding rows have length 0 and slot -1. Block tables travel as wide as the step needs and are
-spread on the device into static ones as wide as the longest request may need.
+Decode batches replay CUDA graphs at bucket sizes, and so do single short prompts
+(`prefill_graphs.py`). Inputs lie at addresses fixed by the bucket; padding rows have length 0 and
+slot -1. Block tables travel as wide as the step needs and are spread on the device into static ones
+as wide as the longest request may need.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pdrelay.engine.attention.context import DecodeSegment, ForwardContext, Pref
 from pdrelay.engine.decode_buckets import bucket_of, decode_buckets
 from pdrelay.engine.kernels.gpu import GpuKernels
 from pdrelay.engine.models.registry import CausalLM
+from pdrelay.engine.prefill_graphs import PrefillGraphs, StepBuffers
 from pdrelay.engine.remote_store import RemoteStore
 from pdrelay.engine.sampler import draw
 from pdrelay.engine.step import LayerHook
@@ -89,11 +91,22 @@ class StepExecutor:
         self._tables = torch.zeros((num_seqs, limits.table_width), dtype=torch.int32, device=device)
         self.buckets = decode_buckets(num_seqs)
         self._graphs: dict[int, _DecodeGraph] = {}
+        self.prefill_graphs = PrefillGraphs(
+            model,
+            kv_pool,
+            accelerator,
+            StepBuffers(self._words, self._uploaded, self.sampled, first),
+            min(limits.max_num_batched_tokens, limits.max_model_len),
+        )
         self.replays = True  # False: graph steps run eagerly, to compare with
 
     def bucket_of(self, num_decodes: int) -> int | None:
         bucket = bucket_of(self.buckets, num_decodes)
         return bucket if bucket in self._graphs else None
+
+    @torch.inference_mode()
+    def capture_prefill_graphs(self) -> None:
+        self.prefill_graphs.capture_own()
 
     @torch.inference_mode()
     def capture_graphs(self, buckets: Sequence[int] | None = None) -> None:
@@ -123,9 +136,11 @@ class StepExecutor:
         end = header.words().end
         self._uploaded[:end].copy_(host_words[:end], non_blocking=True)
         if header.is_graph:
-            assert after_layer is None, "producers do not decode"
-            self._spread_tables(header)
-            logits = self._run_decode(header.rows)
+            logits = self._run_graph(header, remote_pool)
+            if after_layer is not None:
+                # Every layer's writes are queued now, with the graph.
+                for layer in range(self._kv_pool.shape[0]):
+                    after_layer(layer)
             if header.greedy:
                 return None  # the graph has chosen
         else:
@@ -140,6 +155,13 @@ class StepExecutor:
             self._draw(header, logits[: header.num_draws])
             return None
         return logits
+
+    def _run_graph(self, header: StepHeader, remote_pool: torch.Tensor | None) -> torch.Tensor:
+        if header.prefills:
+            pool = remote_pool if header.has_remote else None
+            return self.prefill_graphs.run(header.rows, pool, replays=self.replays)
+        self._spread_tables(header)
+        return self._run_decode(header.rows)
 
     # ---- decode graphs
 

@@ -8,13 +8,14 @@ Words, in this order (`rows` is the number of token rows, padding included; T of
     positions   rows
     slots       rows   block * block_size + offset, -1 for padding
     seq_lens    rows/2 int32, of the decode rows; 0 for padding
-    logits_rows num_logits   rows to project (eager steps)
-    draws       5 * num_draws float64: temperature, top_k, top_p, min_p, point; a column each
+    logits_rows num_logits   rows to project (not of decode graphs, which project all)
     remote      rows   slots in the peer's pool, if the step stores there too
+    draws       5 * num_draws float64: temperature, top_k, top_p, min_p, point; a column each
     tables      int32  [num_decodes, table_width], then each prefill segment's block table
 
 Every array, and every segment's table, begins at a multiple of 16 bytes: Triton compiles a kernel
-again for a pointer that is aligned less.
+again for a pointer that is aligned less. What graphs read lies before `draws`: its place depends on
+the bucket alone.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ class StepHeader(msgspec.Struct, frozen=True, array_like=True):
     num_decodes: int  # the first rows, padding not included
     table_width: int
     prefills: tuple[Prefill, ...]
-    num_logits: int  # 0 in a graph step: all its rows are projected
-    is_graph: bool
+    num_logits: int  # 0 in a decode graph: all its rows are projected
+    is_graph: bool  # `rows` is the bucket of a decode graph, or of a prefill graph (one segment)
     greedy: bool  # every sampled token is an argmax of raw logits
     num_draws: int  # rows of `draws`; as many as sampled rows, or none
     truncates: bool  # some draw has top_k or top_p
@@ -71,9 +72,9 @@ class Words:
         self.slots = 3 * self.sources
         self.seq_lens = 4 * self.sources
         self.logits_rows = self.seq_lens + _aligned(-(-rows // 2))
-        self.draws = self.logits_rows + _aligned(header.num_logits)
-        self.remote = self.draws + _aligned(DRAW_COLUMNS * header.num_draws)
-        self.tables = self.remote + _aligned(rows if header.has_remote else 0)
+        self.remote = self.logits_rows + _aligned(header.num_logits)
+        self.draws = self.remote + _aligned(rows if header.has_remote else 0)
+        self.tables = self.draws + _aligned(DRAW_COLUMNS * header.num_draws)
         # int32 entries behind `tables`: where each prefill segment's table begins.
         entry = _aligned32(header.num_decodes * header.table_width)
         self.table_at: list[int] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -10,9 +11,11 @@ from pdrelay.core.scheduler import Chunk, StepPlan
 from pdrelay.engine.batch import wants_prompt_logprobs
 from pdrelay.engine.block_table_rows import BlockTableRows
 from pdrelay.engine.sampler import SamplingRow, draw_columns
+from pdrelay.engine.step import RemoteSlots
 from pdrelay.engine.step_input import DRAW_COLUMNS, Prefill, StepHeader
 
 BucketOf = Callable[[int], int | None]
+PrefillBucketOf = Callable[[int, Any], int | None]
 
 
 class Sampling:
@@ -39,11 +42,15 @@ class StepPacker:
         first_host_token: int,
         table_width: int,
         bucket_of: BucketOf,
+        prefill_bucket_of: PrefillBucketOf,
     ) -> None:
-        """`bucket_of(num_decodes)`: rows of the graph that runs so many, None without one."""
+        """`bucket_of(num_decodes)`: rows of the graph that runs so many, None without one.
+        `prefill_bucket_of(num_tokens, pool)`: of the graph that runs one prompt of so many, storing
+        into a peer's pool too unless that is None."""
         self._block_size = block_size
         self._first_host_token = first_host_token
         self._bucket_of = bucket_of
+        self._prefill_bucket_of = prefill_bucket_of
         self._tables = BlockTableRows(2 * max_num_seqs, table_width)
 
     def pack(
@@ -52,7 +59,7 @@ class StepPacker:
         sampling: Sampling,
         sampled_rows: Mapping[str, int],
         known_tokens: Mapping[str, int],
-        remote_slots: np.ndarray | None,
+        remote: RemoteSlots | None,
         words: np.ndarray,
     ) -> StepHeader:
         """Write the plan into `words`, int64.
@@ -63,12 +70,10 @@ class StepPacker:
         self._tables.begin_step()
         decodes = [chunk for chunk in plan.chunks if chunk.is_decode]
         others = plan.chunks[len(decodes) :]
-        bucket = None
-        if not others and remote_slots is None and all(chunk.samples for chunk in decodes):
-            bucket = self._bucket_of(len(decodes))
+        bucket = self._graph_of(decodes, others, remote)
         num_rows = len(decodes) + sum(chunk.length for chunk in others)
         rows = num_rows if bucket is None else bucket
-        logits_rows = [] if bucket is not None else _logits_rows(plan.chunks)
+        logits_rows = _logits_rows(plan.chunks) if others or bucket is None else []
         longest = max((chunk.start + 1 for chunk in decodes), default=0)
         header = StepHeader(
             rows=rows,
@@ -81,7 +86,7 @@ class StepPacker:
             num_draws=0 if sampling.draws is None else sampling.draws.shape[1],
             truncates=sampling.truncates,
             has_min_p=sampling.has_min_p,
-            has_remote=remote_slots is not None,
+            has_remote=remote is not None,
         )
         at = header.words()
         assert at.end <= len(words)
@@ -95,12 +100,27 @@ class StepPacker:
             self._pack_decodes(decodes, header, sampled_rows, known_tokens, words, entries)
         self._pack_prefills(others, header, words, entries)
         words[at.logits_rows : at.logits_rows + len(logits_rows)] = logits_rows
+        if remote is not None:
+            words[at.remote : at.draws] = -1
+            words[at.remote : at.remote + num_rows] = remote.slots
         if sampling.draws is not None:
             draws = words[at.draws : at.draws + sampling.draws.size].view(np.float64)
             draws.reshape(DRAW_COLUMNS, -1)[:] = sampling.draws
-        if remote_slots is not None:
-            words[at.remote : at.remote + rows] = remote_slots
         return header
+
+    def _graph_of(
+        self, decodes: Sequence[Chunk], others: Sequence[Chunk], remote: RemoteSlots | None
+    ) -> int | None:
+        """Rows of the graph that runs the plan: decodes alone, or one prompt from end to end."""
+        if not others:
+            sampled = remote is None and all(chunk.samples for chunk in decodes)
+            return self._bucket_of(len(decodes)) if sampled else None
+        chunk = others[0]
+        if decodes or len(others) > 1 or chunk.start > 0 or not chunk.samples:
+            return None
+        if wants_prompt_logprobs(chunk):
+            return None
+        return self._prefill_bucket_of(chunk.length, None if remote is None else remote.tensor)
 
     def _segments(self, chunks: Sequence[Chunk], first_row: int) -> tuple[Prefill, ...]:
         segments = []

@@ -34,13 +34,16 @@ def warm_up(
 ) -> None:
     """Prefill prompts of several lengths and decode a few tokens, on a scheduler of its own.
 
-    `on_gpu`: more lengths, up to a prompt in two chunks; cheap there, seconds on a CPU.
+    `on_gpu`: more lengths, up to a prompt in two chunks, the second one short and long; cheap
+    there, seconds on a CPU.
     `remote_pool`: run prompts also as steps that store into a peer's pages, this pool, but nothing.
     """
     longest = min(max_model_len, num_blocks * config.block_size) - _DECODE_STEPS
     groups: list[Sequence[int]] = [_TOGETHER]
     if on_gpu:
-        groups += [(n,) for n in (*_ALONE, config.max_num_batched_tokens + 100)]
+        rest = config.max_num_batched_tokens
+        groups += [(n,) for n in (*_ALONE, rest + 100, rest + 300)]
+        groups += [(n, 3) for n in _ALONE]  # not a graph: short prompts that are not alone
     runs = [(0.0, None), (1.0, None)] + [(0.0, remote_pool)] * (remote_pool is not None)
     for temperature, pool in runs:
         for lengths in groups:

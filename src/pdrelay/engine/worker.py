@@ -268,6 +268,7 @@ def _peers(
             checksum=verify,
             timeout_s=config.kv_transfer_timeout_s,
             clock=monotonic_ns,
+            pools=None if rank.cuda is None else rank.cuda.runner,
         )
         return producer, None
     consumer = Consumer(

@@ -8,6 +8,7 @@ A transport knows pages, not schedules. The engine drives it from one thread per
     link.begin(transfer_id, keys)              transport.expect(transfer_id, blocks, keys)
     link.send(transfer_id, layer, src, dst)
       ... once per layer and chunk ...
+    link.flush(transfer_id)
     link.finish(transfer_id)
     link.poll() -> [Sent]                      transport.commit(transfer_id, num_pages)
                                                transport.poll() -> [Arrived]
@@ -133,6 +134,10 @@ class ProducerLink(Protocol):
         the link is broken.
         """
 
+    def flush(self, transfer_id: str) -> None:
+        """No further `send` follows at once: what was sent may start. Without it a link may keep
+        pieces together until `finish`. Unknown ids are ignored."""
+
     def stored(self, transfer_id: str, num_pages: int, num_pieces: int, start_ns: int) -> None:
         """Through `remote_pool`, a step that is complete stored (layer, block) pages of the
         transfer, beginning at `start_ns`. They count as if sent."""
@@ -155,6 +160,9 @@ class HostLink:
     """What links have in common whose pages only the host stores."""
 
     remote_pool: RemotePool | None = None
+
+    def flush(self, transfer_id: str) -> None:
+        """Sends start by themselves."""
 
     def stored(self, transfer_id: str, num_pages: int, num_pieces: int, start_ns: int) -> None:
         raise TransportError("kernels cannot store through this link")

@@ -24,6 +24,37 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
+class PagePool:
+    """Pages at an address that the device reaches: its own, or a peer's that it opened."""
+
+    layout: KVLayout
+    address: int
+
+
+class BlockPairs:
+    """Blocks of one pool and where they go in another, as several layers share them."""
+
+    __slots__ = ("dst", "runs", "src")
+
+    def __init__(self, src_blocks: Sequence[int], dst_blocks: Sequence[int]) -> None:
+        assert src_blocks and len(src_blocks) == len(dst_blocks)
+        self.src: npt.NDArray[np.int32] = np.array(src_blocks, np.int32)
+        self.dst: npt.NDArray[np.int32] = np.array(dst_blocks, np.int32)
+        self.runs = list(contiguous_runs(src_blocks, dst_blocks))
+
+    def __len__(self) -> int:
+        return len(self.src)
+
+
+@dataclass(frozen=True, slots=True)
+class PageMove:
+    """One layer of blocks."""
+
+    layer: int
+    pairs: BlockPairs
+
+
+@dataclass(frozen=True, slots=True)
 class Run:
     """A contiguous copy between two addresses that the device reaches (its own, a peer's, pinned
     host memory)."""
@@ -85,8 +116,9 @@ class Device(Protocol):
     def written(self, layer: int) -> None:
         """The engine has just launched the writes of `layer`'s K and V."""
 
-    def writes_of(self, layer: int) -> Event:
-        """Behind the latest `written(layer)`; behind all that was launched, if there is none."""
+    def writes_of(self, *layers: int) -> Event:
+        """Behind the latest `written` of each of `layers`; behind all that was launched, if one of
+        them has none."""
 
     def launched(self) -> Event:
         """Behind everything the engine launched so far."""
@@ -94,6 +126,20 @@ class Device(Protocol):
     def copy(self, runs: Sequence[Run], after: Event | None) -> Copy:
         """Copy on the side stream, behind its earlier copies and `after`. Copies of one batch are
         in no order. Raises TransportError."""
+
+    def copy_pages(
+        self,
+        source: PagePool,
+        target: PagePool,
+        moves: Sequence[PageMove],
+        after: Event | None,
+    ) -> Copy:
+        """Copy pages of compatible layouts, however many layers, as `copy` does: on the side
+        stream, as one batch. Raises TransportError."""
+
+    def prepare_page_copies(self, pool: PagePool) -> None:
+        """So that no later `copy_pages` to or from pages like these has to compile. May store
+        block 0 of the pool into itself."""
 
     def open_peer(self, handle: bytes, num_bytes: int) -> int:
         """Map another process's pages; returns their address. Raises TransportError."""
@@ -160,6 +206,25 @@ def page_runs(
         Run(dst + dst_layout.offset(layer, b), src + src_layout.offset(layer, a), n * size)
         for a, b, n in contiguous_runs(src_blocks, dst_blocks)
     ]
+
+
+def move_runs(source: PagePool, target: PagePool, moves: Sequence[PageMove]) -> list[Run]:
+    """The moves in as few runs as there are."""
+    size = source.layout.layer_block_bytes
+    runs = []
+    for move in moves:
+        src = source.address + source.layout.offset(move.layer, 0)
+        dst = target.address + target.layout.offset(move.layer, 0)
+        runs += [Run(dst + b * size, src + a * size, n * size) for a, b, n in move.pairs.runs]
+    return runs
+
+
+def latest(order: Sequence[int], wanted: Sequence[int]) -> int | None:
+    """Of the layers `wanted`, the one that comes last in `order`; None unless all are there."""
+    places = {layer: place for place, layer in enumerate(order)}
+    if not all(layer in places for layer in wanted):
+        return None
+    return max(wanted, key=places.__getitem__)
 
 
 class Done:

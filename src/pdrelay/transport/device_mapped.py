@@ -58,13 +58,22 @@ from pdrelay.transport.copying import (
     close_fds,
     decode_descriptor,
 )
-from pdrelay.transport.device import AllOf, Copy, Device, DevicePages, Event, Run, page_runs
+from pdrelay.transport.device import (
+    AllOf,
+    BlockPairs,
+    Copy,
+    Device,
+    DevicePages,
+    Event,
+    PageMove,
+    PagePool,
+)
 from pdrelay.transport.meter import Meter
 from pdrelay.transport.news import Bell, NewsQueue
 from pdrelay.transport.open_transfers import OpenTransfer, OpenTransfers
 
 NAME = "mapped"
-# Runs are started together once they are worth a launch (5 µs of NVLink), or a layer round is over.
+# Layers are copied together until they are worth a launch (5 µs of NVLink), or a round is over.
 BATCH_BYTES = 2 << 20
 _CLOSE_TIMEOUT_S = 10.0
 
@@ -100,6 +109,7 @@ class DeviceMappedTransport:
         self._completions = Completions("kv-mapped")
         self._mappings: list[int] = []  # opened and not closed yet
         self._closed = False
+        pages.device.prepare_page_copies(PagePool(pages.layout, pages.address))
 
     def descriptor(self) -> Descriptor:
         """Raises TransportError where the driver does not share memory between processes."""
@@ -182,9 +192,12 @@ class DeviceMappedTransport:
 
 @dataclass
 class _Outgoing(OpenTransfer):
-    queued: list[Run] = field(default_factory=list)
-    after: Event | None = None  # behind the writes of what is queued
+    queued: list[PageMove] = field(default_factory=list)
+    num_queued: int = 0  # pages
     copies: list[Copy] = field(default_factory=list)
+    # The latest blocks: the layers of a chunk have the same ones, and share their pairs.
+    blocks: tuple[list[int], list[int]] = ([], [])
+    pairs: BlockPairs | None = None
 
 
 class DeviceMappedLink:
@@ -204,8 +217,8 @@ class DeviceMappedLink:
     ) -> None:
         self._pages = pages
         self._device = pages.device
-        self._remote_layout = remote_layout
-        self._remote_address = remote_address
+        self._local = PagePool(pages.layout, pages.address)
+        self._remote = PagePool(remote_layout, remote_address)
         self._completions = completions
         self._close_mapping = close_mapping
         self._clock = clock
@@ -233,39 +246,50 @@ class DeviceMappedLink:
         with self._lock:
             self._open.check_alive()
             outgoing = self._open.sending(transfer_id)
-        local = self._pages.layout
-        check_layer(layer, local)
-        check_slots(src_blocks, dst_blocks)
-        check_blocks(src_blocks, local, "local")
-        check_blocks(dst_blocks, self._remote_layout, "remote")
-        if src_blocks:
-            outgoing.queued += page_runs(
-                local,
-                self._pages.address,
-                self._remote_layout,
-                self._remote_address,
-                layer,
-                src_blocks,
-                dst_blocks,
-            )
-            # Layers come in the order they are launched in, so the last one is behind the others.
-            outgoing.after = self._device.writes_of(layer)
-        last = layer == local.num_layers - 1
-        if last or sum(run.num_bytes for run in outgoing.queued) >= BATCH_BYTES:
+        check_layer(layer, self._local.layout)
+        pairs = self._pairs(outgoing, src_blocks, dst_blocks)
+        if pairs is not None:
+            outgoing.queued.append(PageMove(layer, pairs))
+            outgoing.num_queued += len(pairs)
+
+    def _pairs(
+        self, outgoing: _Outgoing, src_blocks: Sequence[int], dst_blocks: Sequence[int]
+    ) -> BlockPairs | None:
+        """None: no blocks. Raises TransportError for blocks that do not exist."""
+        if outgoing.blocks != (src_blocks, dst_blocks):
+            check_slots(src_blocks, dst_blocks)
+            check_blocks(src_blocks, self._local.layout, "local")
+            check_blocks(dst_blocks, self._remote.layout, "remote")
+            outgoing.blocks = (list(src_blocks), list(dst_blocks))
+            outgoing.pairs = BlockPairs(src_blocks, dst_blocks) if src_blocks else None
+        return outgoing.pairs
+
+    def flush(self, transfer_id: str) -> None:
+        with self._lock:
+            outgoing = self._open.get(transfer_id)
+        if outgoing is None or not outgoing.queued:
+            return
+        layout = self._local.layout
+        last = outgoing.queued[-1].layer == layout.num_layers - 1
+        if last or outgoing.num_queued * layout.layer_block_bytes >= BATCH_BYTES:
             self._start(outgoing)
 
     def _start(self, outgoing: _Outgoing) -> None:
-        """Copy what is queued."""
-        runs, outgoing.queued = outgoing.queued, []
-        if not runs:
+        """Copy what is queued, of all layers, as one batch."""
+        moves, outgoing.queued = outgoing.queued, []
+        num_pages, outgoing.num_queued = outgoing.num_queued, 0
+        if not moves:
             return
         now = self._clock()
-        copy = self._device.copy(runs, outgoing.after)
+        # In the middle of a step the last layer's latest writes are older than the first one's.
+        after = self._device.writes_of(*{move.layer: None for move in moves})
+        copy = self._device.copy_pages(self._local, self._remote, moves, after)
         self._last_copy = copy
         with self._lock:
             outgoing.copies.append(copy)
-            num_bytes = sum(run.num_bytes for run in runs)
-            outgoing.meter.add(now, now, num_bytes, len(runs))
+            num_bytes = num_pages * self._local.layout.layer_block_bytes
+            num_runs = sum(len(move.pairs.runs) for move in moves)
+            outgoing.meter.add(now, now, num_bytes, num_runs)
 
     def stored(self, transfer_id: str, num_pages: int, num_pieces: int, start_ns: int) -> None:
         """A completed step's kernels stored `num_pages` pages of the transfer (`remote_pool`)."""
@@ -333,7 +357,7 @@ class DeviceMappedLink:
         if self._last_copy is not None:
             over = AllOf(self._last_copy, over)
         self._over = over
-        self._completions.add(over, partial(self._close_mapping, self._remote_address))
+        self._completions.add(over, partial(self._close_mapping, self._remote.address))
 
     def quiet(self) -> bool:
         return self._over is not None and self._over.done()

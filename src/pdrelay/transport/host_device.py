@@ -22,7 +22,7 @@ from pdrelay.core.clock import monotonic_ns
 from pdrelay.core.kv_layout import KVLayout
 from pdrelay.errors import TransportError
 from pdrelay.transport.checksum import U64, sampled, summed
-from pdrelay.transport.device import Event, Run
+from pdrelay.transport.device import Event, PageMove, PagePool, Run, latest, move_runs
 from pdrelay.transport.pages import SharedPages
 
 
@@ -168,11 +168,13 @@ class HostDevice:
 
     def written(self, layer: int) -> None:
         event = HostEvent(self)
+        self._written.pop(layer, None)  # in the order of the latest writes
         self._written[layer] = event
         self._record(self._compute, event)
 
-    def writes_of(self, layer: int) -> Event:
-        return self._written.get(layer) or self.launched()
+    def writes_of(self, *layers: int) -> Event:
+        layer = latest(list(self._written), layers)
+        return self.launched() if layer is None else self._written[layer]
 
     def launched(self) -> Event:
         event = HostEvent(self)
@@ -183,6 +185,18 @@ class HostDevice:
         if after is not None:
             self._put(self._side, after.done)
         return self._copy(self._side, runs)
+
+    def copy_pages(
+        self,
+        source: PagePool,
+        target: PagePool,
+        moves: Sequence[PageMove],
+        after: Event | None,
+    ) -> HostEvent:
+        return self.copy(move_runs(source, target, moves), after)
+
+    def prepare_page_copies(self, pool: PagePool) -> None:
+        pass
 
     def _copy(self, stream: _Stream, runs: Sequence[Run]) -> HostEvent:
         runs = list(runs)

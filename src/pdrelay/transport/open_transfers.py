@@ -45,6 +45,9 @@ class OpenTransfers(Generic[T]):
             raise TransportError(f"transfer {transfer_id} is not open")
         return transfer
 
+    def get(self, transfer_id: str) -> T | None:
+        return self._open.get(transfer_id)
+
     def finish(self, transfer_id: str) -> T:
         """As `sending`, and no further `send` is taken."""
         transfer = self.sending(transfer_id)

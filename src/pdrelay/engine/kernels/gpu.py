@@ -39,6 +39,9 @@ class GpuKernels(Protocol):
     ) -> torch.Tensor:
         """[M, K] @ [N, K].T + [N] for a few rows, at most `max_small_rows`."""
 
+    def small_linear_wins(self, num_rows: int, out_features: int) -> bool:
+        """Whether `small_linear` of such a shape is worth taking instead of cuBLAS."""
+
     def small_norm_linear(
         self,
         x: torch.Tensor | None,
@@ -123,6 +126,9 @@ class TorchKernels:
     ) -> torch.Tensor:
         result = functional.linear(x, weight, bias)
         return result if out is None else out.copy_(result)
+
+    def small_linear_wins(self, num_rows: int, out_features: int) -> bool:
+        return True
 
     def small_norm_linear(
         self,
@@ -288,6 +294,9 @@ class TritonKernels:
         from pdrelay.engine.kernels.triton.launch import num_sms
 
         self.pdl = pdl
+        # Of the decode kernel; None: its rule's, and `pdl`.
+        self.decode_stages: int | None = None
+        self.decode_pdl: bool | None = None
         self.gathers_chunks = gathers_chunks
         self.max_small_rows: int = linear_small.MAX_ROWS
         self._device = device
@@ -312,6 +321,9 @@ class TritonKernels:
         out: torch.Tensor | None,
     ) -> torch.Tensor:
         return self._linear.linear_small(x, weight, bias, out, pdl=self.pdl)
+
+    def small_linear_wins(self, num_rows: int, out_features: int) -> bool:
+        return self._linear.beats_cublas(num_rows, out_features, self._num_sms)
 
     def small_norm_linear(
         self,
@@ -397,7 +409,8 @@ class TritonKernels:
             out,
             self._workspace,
             num_splits,
-            pdl=self.pdl,
+            stages=self.decode_stages,
+            pdl=self.pdl if self.decode_pdl is None else self.decode_pdl,
         )
 
     def paged_prefill(

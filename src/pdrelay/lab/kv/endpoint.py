@@ -225,6 +225,8 @@ class Producer:
                 endpoint.device.compute(layer, transfer.units)
                 computed = endpoint.device.mark()
             link.send(transfer_id, layer, 0, src, dst)
+            if transfer.mode == "layerwise":
+                link.flush(transfer_id)
         link.finish(transfer_id)
         computed_ns = computed()
         report = endpoint.wait(name, Sent, transfer_id, link.poll, transport.poll)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,22 @@ import numpy.typing as npt
 from pdrelay.core.kv_layout import KVLayout
 from pdrelay.errors import TransportError
 from pdrelay.transport.cuda.driver import Driver
-from pdrelay.transport.device import Event, Run
+from pdrelay.transport.device import (
+    BlockPairs,
+    Event,
+    PageMove,
+    PagePool,
+    Run,
+    latest,
+    move_runs,
+)
+
+PageCopies = Literal["auto", "kernel", "driver"]
+# Runs as long as this keep a link busy while the host submits the next one: copy engines then copy,
+# and no multiprocessor has to.
+_ENGINE_RUN_BYTES = 4 << 20
+
+T = TypeVar("T")
 
 
 class CudaEvent:
@@ -67,10 +83,14 @@ class CudaStream:
         return CudaEvent(self._device).record(self.handle)
 
     def copy(self, runs: Sequence[Run]) -> CudaCopy:
+        return self.timed(lambda: self._device.submit(runs, self.handle))[0]
+
+    def timed(self, enqueue: Callable[[], T]) -> tuple[CudaCopy, T]:
+        """Enqueue something between two timed events."""
         start = CudaEvent(self._device, timing=True).record(self.handle)
-        self._device.submit(runs, self.handle)
+        answer = enqueue()
         end = CudaEvent(self._device, timing=True).record(self.handle)
-        return CudaCopy(start, end, self._device.driver)
+        return CudaCopy(start, end, self._device.driver), answer
 
     def close(self) -> None:
         self._device.driver.destroy_stream(self.handle)
@@ -95,8 +115,18 @@ class CudaDevice:
     `torch.cuda.current_stream().cuda_stream`; 0 is the default stream).
     """
 
-    def __init__(self, ordinal: int, driver: Driver | None = None, *, batch: bool = True) -> None:
-        """`batch=False` submits every run by itself. Raises TransportError without that GPU."""
+    def __init__(
+        self,
+        ordinal: int,
+        driver: Driver | None = None,
+        *,
+        batch: bool = True,
+        page_copies: PageCopies = "auto",
+        page_copy_ctas: int = 16,
+    ) -> None:
+        """`batch=False` submits every run by itself. `page_copies`: who copies pages, a kernel of
+        `page_copy_ctas` thread blocks or the driver; "auto": the driver where runs are long, or
+        without Triton. Raises TransportError without that GPU."""
         self.driver = driver or Driver()
         count = self.driver.num_devices()
         if not 0 <= ordinal < count:
@@ -108,7 +138,10 @@ class CudaDevice:
         self._context = self.driver.context(ordinal)
         self._side = CudaStream(self)
         self._batch = batch and self.driver.has_batch
-        self._written: dict[int, CudaEvent] = {}
+        self.page_copies: PageCopies = page_copies
+        self.page_copy_ctas = page_copy_ctas
+        self._copier: Any = None  # a PageCopier, once prepared and where there is Triton
+        self._written: dict[int, CudaEvent] = {}  # in the order of the latest writes
         self._closed = False
 
     def make_current(self) -> None:
@@ -118,13 +151,12 @@ class CudaDevice:
     def written(self, layer: int) -> None:
         # Recording again moves the event; a copy that waits for an earlier place is enqueued
         # already or may as well wait for this one.
-        event = self._written.get(layer)
-        if event is None:
-            event = self._written[layer] = CudaEvent(self)
-        event.record(self.compute_stream)
+        event = self._written.pop(layer, None) or CudaEvent(self)
+        self._written[layer] = event.record(self.compute_stream)
 
-    def writes_of(self, layer: int) -> Event:
-        return self._written.get(layer) or self.launched()
+    def writes_of(self, *layers: int) -> Event:
+        layer = latest(list(self._written), layers)
+        return self.launched() if layer is None else self._written[layer]
 
     def launched(self) -> CudaEvent:
         return CudaEvent(self).record(self.compute_stream)
@@ -134,6 +166,42 @@ class CudaDevice:
         if after is not None:
             self._side.wait(after)
         return self._side.copy(runs)
+
+    def copy_pages(
+        self,
+        source: PagePool,
+        target: PagePool,
+        moves: Sequence[PageMove],
+        after: Event | None,
+    ) -> CudaCopy:
+        if not self._by_kernel(source.layout.layer_block_bytes, moves):
+            return self.copy(move_runs(source, target, moves), after)
+        self.make_current()
+        if after is not None:
+            self._side.wait(after)
+        launch = partial(self._copier.launch, source, target, moves, num_ctas=self.page_copy_ctas)
+        copy, ids = self._side.timed(launch)
+        ids.busy = copy
+        return copy
+
+    def _by_kernel(self, page_bytes: int, moves: Sequence[PageMove]) -> bool:
+        if self._copier is None or self.page_copies != "auto":
+            return self._copier is not None and self.page_copies == "kernel"
+        num_pages = sum(len(move.pairs) for move in moves)
+        num_runs = sum(len(move.pairs.runs) for move in moves)
+        return num_pages * page_bytes < num_runs * _ENGINE_RUN_BYTES
+
+    def prepare_page_copies(self, pool: PagePool) -> None:
+        if self._copier is None:
+            try:
+                from pdrelay.transport.cuda.page_copy import PageCopier
+            except ImportError:  # no Triton: the driver copies
+                return
+            self._copier = PageCopier(self.ordinal, self._side.handle)
+        self.make_current()
+        ids = self._copier.launch(pool, pool, [PageMove(0, BlockPairs([0], [0]))])
+        ids.busy = self._side.record()
+        ids.busy.wait()
 
     @property
     def batched(self) -> bool:
@@ -172,6 +240,8 @@ class CudaDevice:
 
     def close_peer(self, address: int) -> None:
         self.make_current()
+        if self._copier is not None:
+            self._copier.forget(address)
         self.driver.close_ipc(address)
 
     def pinned(self, num_bytes: int) -> CudaPinned:
@@ -198,5 +268,6 @@ class CudaDevice:
         """The primary context stays: it is torch's."""
         if not self._closed:
             self._written.clear()
+            self._copier = None
             self._closed = True
             self._side.close()

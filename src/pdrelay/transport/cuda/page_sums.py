@@ -29,14 +29,15 @@ class PageSums:
         width = self._words.shape[2]
         ends = np.array([0, width // 2 - 1, width // 2, width - 1])
         layers = np.arange(layout.num_layers)[:, None] * (layout.num_blocks * width)
-        self._offsets = torch.from_numpy((layers + ends).reshape(-1, 1)).to(self._device)
+        self._offsets = (layers + ends).reshape(-1, 1)
         self._weights: torch.Tensor | None = None
 
     def sampled(self, blocks: Sequence[int]) -> U64:
         """Four words a (layer, block): `[num_layers, 4, len(blocks)]`, flat."""
-        width = self._words.shape[2]
-        places = torch.tensor(blocks, dtype=torch.int64).mul_(width).to(self._device)
-        return self._unsigned(self._words.view(-1).take(self._offsets + places))
+        # Added up here: a hand-over waits for this, and a launch takes longer than the addition.
+        places = self._offsets + np.array(blocks, dtype=np.int64) * self._words.shape[2]
+        index = torch.from_numpy(places).to(self._device)
+        return self._unsigned(self._words.view(-1).take(index))
 
     def summed(self, blocks: Sequence[int]) -> U64:
         """The weighted sum of each (layer, block), wrapping: `[num_layers, len(blocks)]`, flat."""

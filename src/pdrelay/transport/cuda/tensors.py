@@ -11,8 +11,14 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 _CPU, _CUDA = 1, 2  # DLDeviceType
-_FLOAT, _BFLOAT = 2, 4  # DLDataTypeCode
-_DTYPES = {"float32": (_FLOAT, 32), "float16": (_FLOAT, 16), "bfloat16": (_BFLOAT, 16)}
+_INT, _FLOAT, _BFLOAT = 0, 2, 4  # DLDataTypeCode
+_DTYPES = {
+    "float32": (_FLOAT, 32),
+    "float16": (_FLOAT, 16),
+    "bfloat16": (_BFLOAT, 16),
+    "int64": (_INT, 64),
+    "int32": (_INT, 32),
+}
 _CAPSULE = b"dltensor"  # PyCapsule_New keeps the pointer, so it must stay
 
 

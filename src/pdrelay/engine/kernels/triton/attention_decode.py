@@ -22,7 +22,12 @@ from pdrelay.engine.kernels.triton.launch import (
     pdl_flags,
 )
 from pdrelay.engine.kernels.triton.pages import key_offsets
-from pdrelay.engine.kernels.triton.split_rule import MAX_SPLITS, TILE, split_rule
+from pdrelay.engine.kernels.triton.split_rule import (
+    MAX_SPLITS,
+    TILE,
+    pipeline_stages,
+    split_rule,
+)
 
 __all__ = ["DecodeWorkspace", "paged_decode", "split_rule"]
 
@@ -66,7 +71,7 @@ def paged_decode(
     num_splits: int | None = None,
     *,
     fused: bool = True,
-    stages: int = 3,
+    stages: int | None = None,
     warps: int = 4,
     pdl: bool = False,
 ) -> torch.Tensor:
@@ -75,8 +80,8 @@ def paged_decode(
     `kv_layer`: [num_blocks, 2, block_size, Hkv, D]; `block_tables`: int32 [B, W]; `seq_lens`:
     int32 [B], the new token included; 0 marks a padding row, which gets zeros. `scale` multiplies
     q·k. `num_splits`: by `split_rule` of the longest sequence the tables can hold unless given.
-    `fused`: the last part of a row to finish combines them; else a second kernel does. `stages`
-    is the depth of the K/V pipeline.
+    `fused`: the last part of a row to finish combines them; else a second kernel does. `stages`:
+    depth of the K/V pipeline, by `pipeline_stages` unless given.
     """
     batch = q.shape[0]
     block_size, num_kv_heads, head_dim = kv_layer.shape[2:]
@@ -94,6 +99,8 @@ def paged_decode(
         longest = block_tables.shape[1] * block_size
         num_splits = split_rule(batch, num_kv_heads, longest, num_sms(q.device))
     assert is_power_of_2(num_splits)
+    if stages is None:
+        stages = pipeline_stages(num_splits, head_dim, kv_layer.element_size())
     if workspace is None and num_splits > 1:
         workspace = DecodeWorkspace(batch, num_heads, head_dim, q.device, num_splits)
     if workspace is None:

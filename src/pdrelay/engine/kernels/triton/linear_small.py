@@ -20,9 +20,13 @@ from pdrelay.engine.kernels.triton.dot import dot
 from pdrelay.engine.kernels.triton.launch import interpreting, pdl_flags
 from pdrelay.engine.kernels.triton.norm import add_rms_norm
 from pdrelay.engine.kernels.triton.prefetch import prefetch
+from pdrelay.engine.kernels.triton.split_rule import fills_waves
 
-MAX_ROWS = 8
+MAX_ROWS = 64
 _DOT_ROWS = 16  # the least a tensor core takes
+_DOT_COLUMNS = 256
+_MOST_STAGES = 6
+_SHARED_BYTES = 200 << 10  # of 227 KiB an SM has for one program
 _FEWEST_COLUMNS, _MOST_COLUMNS = 256, 2048
 
 
@@ -47,13 +51,29 @@ def default_tuning(
     """By shape alone. `paired`: an output needs two rows of weights, gate's and up's."""
     if num_rows > 1:
         features = 32 if out_features >= 32 * 128 else 16
-        return LinearTuning("dot", features, 256, warps=4, stages=4)
+        # So deep that an SM holds one program: under PDL, programs that come while the kernel ahead
+        # runs out would gather on the SMs that are free first, and leave the others idle.
+        lines = _dot_rows_of(num_rows) + features * (2 if paired else 1)
+        stages = min(_MOST_STAGES, _SHARED_BYTES // (lines * _DOT_COLUMNS * 2))
+        return LinearTuning("dot", features, _DOT_COLUMNS, warps=4, stages=stages)
     # The greatest power of two that divides K: its low bit.
     columns = min(_MOST_COLUMNS, in_features & -in_features)
     if columns < _FEWEST_COLUMNS:
         columns = min(_MOST_COLUMNS, triton.next_power_of_2(in_features))
-    features = 8 if out_features >= 8 * 256 and not paired else 4
+    features = 2 if paired else 4
     return LinearTuning("vector", features, columns, warps=max(1, min(8, columns // 256)))
+
+
+def _dot_rows_of(num_rows: int) -> int:
+    return max(_DOT_ROWS, triton.next_power_of_2(num_rows))
+
+
+def beats_cublas(num_rows: int, out_features: int, num_sms: int) -> bool:
+    """One row: always. More: where the dot kernel's programs, one an SM, fill their waves."""
+    if num_rows == 1:
+        return True
+    features = default_tuning(num_rows, out_features, _FEWEST_COLUMNS).features
+    return fills_waves(triton.cdiv(out_features, features), num_sms)
 
 
 def linear_small(
@@ -224,7 +244,7 @@ def _launch_dot(
         out.stride(0),
         OUT_FEATURES=out_features,
         IN_FEATURES=weight.shape[1],
-        ROWS=_DOT_ROWS,
+        ROWS=_dot_rows_of(num_rows),
         FEATURES=tuning.features,
         COLUMNS=tuning.columns,
         STAGES=tuning.stages,

@@ -1,10 +1,12 @@
-"""How many parts a decode row's keys are cut into. No triton, no torch."""
+"""Shapes of the decode kernels' grids: by arithmetic, without triton or torch."""
 
 from __future__ import annotations
 
 TILE = 64  # keys of one step of the kernel's loop
 MAX_SPLITS = 32
 _PROGRAMS_PER_SM = 2
+_STAGES, _MOST_STAGES = 3, 7
+_SHARED_BYTES = 224 << 10  # of 227 KiB an SM has for one program
 
 
 def split_rule(batch: int, num_kv_heads: int, max_seq_len: int, num_sms: int) -> int:
@@ -17,3 +19,20 @@ def split_rule(batch: int, num_kv_heads: int, max_seq_len: int, num_sms: int) ->
     tiles = max(1, -(-max_seq_len // TILE))
     most = min(wanted, tiles, MAX_SPLITS)
     return 1 << (most.bit_length() - 1)
+
+
+def pipeline_stages(num_splits: int, head_dim: int, itemsize: int) -> int:
+    """Depth of the K/V pipeline.
+
+    Uncut rows make long programs, few an SM: each keeps many tiles on their way.
+    """
+    if num_splits > 1:
+        return _STAGES
+    tile_bytes = 2 * TILE * head_dim * itemsize
+    return max(_STAGES, min(_MOST_STAGES, _SHARED_BYTES // tile_bytes))
+
+
+def fills_waves(num_programs: int, num_sms: int) -> bool:
+    """Whether programs, one an SM at a time, leave a tenth of the SMs' time unused at most."""
+    waves = -(-num_programs // num_sms)
+    return 10 * num_programs >= 9 * waves * num_sms
