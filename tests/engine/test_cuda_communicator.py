@@ -7,9 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from model_harness import Batcher, random_tokens, small_config
 
 from pdrelay.engine.communicator import ThreadGroup
 from pdrelay.engine.cuda_communicator import CudaCommunicator, one_shot_limit, pieces
+from pdrelay.engine.layers import TorchOps
+from pdrelay.engine.models import build_model
 from pdrelay.engine.rendezvous import exchange
 from pdrelay.errors import LaunchError, WorkerLostError
 
@@ -39,6 +42,11 @@ class ThreadCollectives:
         self._note("gather", x)
         rank = self.communicator
         return torch.stack(rank._group.exchange(rank.rank, x))
+
+    def all_reduce_add_rms_norm(self, x, residual, weight, eps):
+        self._note("norm", x)
+        self.communicator.all_reduce_(x)
+        return TorchOps().add_rms_norm(x, residual, weight, eps)
 
     def check(self):
         if self.error is not None:
@@ -114,6 +122,31 @@ def test_transposed_and_empty_tensors():
         x = torch.arange(6.0).view(2, 3).t()
         assert torch.equal(gathered, torch.cat([x, x], dim=-1))
         assert empty.shape == (0, 4)
+
+
+@pytest.mark.parametrize("fuses", [True, False])
+def test_a_model_with_fused_norms_gives_what_one_rank_gives(fuses):
+    config = small_config()
+    tokens = random_tokens(40)
+
+    def logits(communicator, world_size):
+        model = build_model("small", config, load_format="dummy", communicator=communicator)
+        batcher = Batcher(config, model, tp_size=world_size)
+        sequence = batcher.sequence(tokens)
+        batcher.step(chunks=[(sequence, 39)])
+        batcher.step(decodes=[sequence])  # a single row: not fused
+        return batcher.logits_of(sequence)
+
+    def work(communicator):
+        communicator.fuses_norms = fuses
+        return logits(communicator, 2)
+
+    wanted = logits(None, 1)
+    for got, small, _ in on_threads(2, True, work, max_bytes=1 << 20):
+        assert (got - wanted).norm() < 1e-5 * wanted.norm()
+        norms = [n for what, n in small if what == "norm"]
+        # Two a layer, but for the first layer's first, which has nothing to add.
+        assert norms == [39 * 64] * (2 * config.num_layers - 1) * fuses
 
 
 def test_pieces_are_views_in_order():

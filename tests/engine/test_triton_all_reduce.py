@@ -5,7 +5,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_harness import ON_GPU  # first: it decides how triton runs
+from triton_harness import (
+    EPS,
+    ON_GPU,
+    equal_but_for_rounding,
+    randn,
+)  # first: it decides how triton runs
 
 from pdrelay.engine.kernels.triton.all_reduce import (
     BLOCK,
@@ -14,15 +19,17 @@ from pdrelay.engine.kernels.triton.all_reduce import (
     inbox_bytes,
     state_words,
 )
+from pdrelay.engine.kernels.triton.all_reduce_norm import block_of, reduce_add_rms_norm
+from pdrelay.engine.layers import TorchOps
 
 pytestmark = pytest.mark.skipif(ON_GPU, reason="runs in the interpreter; test_cuda_tp.py on GPUs")
 MAX_BYTES = 3 * BLOCK * PACKET_BYTES
 
 
 class Ranks:
-    def __init__(self, world_size, first_count=0):
+    def __init__(self, world_size, first_count=0, block=BLOCK):
         inboxes = [
-            torch.zeros(inbox_bytes(MAX_BYTES, world_size), dtype=torch.uint8)
+            torch.zeros(inbox_bytes(MAX_BYTES, world_size, block), dtype=torch.uint8)
             for _ in range(world_size)
         ]
         self.inboxes = inboxes
@@ -33,8 +40,9 @@ class Ranks:
                 max_bytes=MAX_BYTES,
                 timeout_ns=1,
                 inboxes=torch.tensor([inbox.data_ptr() for inbox in inboxes]),
-                state=torch.zeros(state_words(MAX_BYTES), dtype=torch.int32),
+                state=torch.zeros(state_words(MAX_BYTES, block), dtype=torch.int32),
                 failed=torch.zeros(1, dtype=torch.int32),
+                block=block,
             )
             for rank in range(world_size)
         ]
@@ -138,3 +146,44 @@ def test_torn_packets_are_not_taken():
     second_flags[second_flags.nonzero()[0]] = 0
     ranks.ranks[0].reduce(parts[0], torch.empty_like(parts[0]), phase="receive")
     assert ranks.failed()[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("num_rows", "width"), [(1, 64), (3, 200), (2, 512)])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_reduce_add_rms_norm(world_size, num_rows, width, dtype):
+    """As torch's sum, then torch's norm."""
+    ranks = Ranks(world_size, block=block_of(width, dtype))
+    weight = randn(width, dtype=dtype, seed=50)
+    for step in range(3):
+        parts = [randn(num_rows, width, dtype=dtype, seed=9 * step + r) for r in range(world_size)]
+        residuals = [randn(num_rows, width, dtype=dtype, seed=40) for _ in range(world_size + 1)]
+        outs = [torch.full_like(part, torch.nan) for part in parts]
+        for phase in ("send", "receive"):
+            for rank, x, residual, out in zip(ranks.ranks, parts, residuals, outs, strict=False):
+                reduce_add_rms_norm(rank, x, residual, weight, EPS, out, phase=phase)
+        for out, residual in zip(outs, residuals, strict=False):
+            assert torch.equal(out, outs[0]) and torch.equal(residual, residuals[0])
+        wanted = residuals[-1]
+        total = torch.stack(parts).float().sum(dim=0).to(dtype)
+        TorchOps().add_rms_norm(total, wanted, weight, EPS)
+        normed = TorchOps().add_rms_norm(None, residuals[0].clone(), weight, EPS)
+        if dtype == torch.float32:
+            torch.testing.assert_close(residuals[0], wanted, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(outs[0], normed, rtol=1e-5, atol=1e-6)
+        else:  # the interpreter cuts bfloat16 off where hardware rounds
+            scale = wanted.abs().max()
+            assert (residuals[0].float() - wanted.float()).abs().max() < 2**-6 * scale
+            assert equal_but_for_rounding(outs[0], normed, steps=2)
+    assert not any(ranks.failed())
+
+
+def test_a_silent_peer_of_the_norm_is_noticed():
+    ranks = Ranks(2, block=block_of(64, torch.float32))
+    x, residual, weight = (
+        randn(2, 64, dtype=torch.float32),
+        randn(2, 64, dtype=torch.float32),
+        randn(64, dtype=torch.float32),
+    )
+    reduce_add_rms_norm(ranks.ranks[1], x, residual, weight, EPS, torch.empty_like(x))
+    assert ranks.failed() == [False, True]

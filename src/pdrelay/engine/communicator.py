@@ -24,6 +24,12 @@ class Communicator(Protocol):
     def all_reduce_(self, x: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, in place; returns x. The same bits on every rank."""
 
+    def all_reduce_add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor | None:
+        """`Ops.add_rms_norm` of the sum of x over ranks, in one kernel; None, and nothing done,
+        where the two are better done one after the other. The same answer on every rank."""
+
     def all_gather_last_dim(self, x: torch.Tensor) -> torch.Tensor:
         """[.., n] of every rank, in rank order: [.., world_size * n], on every rank."""
 
@@ -44,6 +50,11 @@ class SingleCommunicator:
 
     def all_reduce_(self, x: torch.Tensor) -> torch.Tensor:
         return x
+
+    def all_reduce_add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor | None:
+        return None
 
     def all_gather_last_dim(self, x: torch.Tensor) -> torch.Tensor:
         return x
@@ -87,6 +98,11 @@ class GlooCommunicator:
     def all_reduce_(self, x: torch.Tensor) -> torch.Tensor:
         self._group.allreduce([x]).wait()
         return x
+
+    def all_reduce_add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor | None:
+        return None
 
     def all_gather_last_dim(self, x: torch.Tensor) -> torch.Tensor:
         parts = [torch.empty_like(x) for _ in range(self.world_size)]
@@ -174,6 +190,11 @@ class ThreadCommunicator:
     def all_reduce_(self, x: torch.Tensor) -> torch.Tensor:
         parts = self._group.exchange(self.rank, x)
         return x.copy_(torch.stack(parts).sum(dim=0))
+
+    def all_reduce_add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor | None:
+        return None
 
     def all_gather_last_dim(self, x: torch.Tensor) -> torch.Tensor:
         return torch.cat(self._group.exchange(self.rank, x), dim=-1)

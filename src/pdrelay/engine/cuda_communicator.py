@@ -20,6 +20,8 @@ from pdrelay.errors import LaunchError, TransportError
 _ONE_SHOT_BYTES = 2 << 20
 # Of one piece where NCCL cannot be had: pieces cost a trip each, inboxes four times their size.
 _PIECE_BYTES = 8 << 20
+# A single row's norm is done by the linear layer behind it (`CudaOps.small_rows`), for nothing.
+_FUSED_FROM = 2
 
 
 class Collectives(Protocol):
@@ -32,6 +34,11 @@ class Collectives(Protocol):
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """[world_size, *x.shape], a new tensor."""
+
+    def all_reduce_add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor | None:
+        """As `Communicator.all_reduce_add_rms_norm`."""
 
     def check(self) -> None:
         """As `Communicator.check`."""
@@ -68,6 +75,7 @@ class CudaCommunicator:
         self._small = small
         self._large = large
         self._synchronize = synchronize
+        self.fuses_norms = True  # False: to compare with
 
     def all_reduce_(self, x: torch.Tensor) -> torch.Tensor:
         assert x.is_contiguous()
@@ -80,6 +88,13 @@ class CudaCommunicator:
         for piece in pieces(x.view(-1), self._small.max_bytes):
             self._small.all_reduce_(piece)
         return x
+
+    def all_reduce_add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor | None:
+        if not self.fuses_norms or x.shape[0] < _FUSED_FROM:
+            return None
+        return self._small.all_reduce_add_rms_norm(x, residual, weight, eps)
 
     def all_gather_last_dim(self, x: torch.Tensor) -> torch.Tensor:
         if x.numel() == 0:

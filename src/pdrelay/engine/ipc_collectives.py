@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from pdrelay.engine.kernels.triton.all_reduce import (
+    BLOCK,
     PACKET_BYTES,
     Exchange,
     inbox_bytes,
     state_words,
 )
+from pdrelay.engine.kernels.triton.all_reduce_norm import block_of, reduce_add_rms_norm
 from pdrelay.engine.rendezvous import exchange
 from pdrelay.errors import LaunchError, TransportError, WorkerLostError
 
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
     from pdrelay.transport.cuda.driver import Driver
 
 _GRANULE = 2 << 20  # smaller allocations share a driver block, all of which a handle would name
+_NORM_BYTES = 4 << 20  # of the inbox of rows to norm: 64 rows of 8 KiB between two ranks
+_MAX_NORM_ROWS = 64  # longer batches hide a kernel's start better
 
 
 class IpcCollectives:
@@ -35,8 +40,11 @@ class IpcCollectives:
         max_bytes: int,
         device: torch.device,
         driver: Driver,
+        block: int = BLOCK,
+        pdl: bool = True,
     ) -> None:
-        """Meet the other ranks at `socket_path`, which must not exist yet.
+        """Meet the other ranks at `socket_path`, which must not exist yet. `block`, `pdl`: of the
+        kernel's launches.
 
         Raises LaunchError when they do not come before the deadline, or their memory cannot be
         mapped.
@@ -47,7 +55,8 @@ class IpcCollectives:
         self._timeout_s = timeout_s
         self._driver = driver
         self._context = driver.context(device.index)
-        num_bytes = -(-inbox_bytes(max_bytes, world_size) // _GRANULE) * _GRANULE
+        norm_at = inbox_bytes(max_bytes, world_size, block)
+        num_bytes = -(-(norm_at + _NORM_BYTES) // _GRANULE) * _GRANULE
         try:
             self._inbox = driver.allocate(num_bytes)
             driver.zero(self._inbox, num_bytes)
@@ -71,10 +80,15 @@ class IpcCollectives:
             max_bytes=max_bytes,
             timeout_ns=int(timeout_s * 1e9),
             inboxes=torch.tensor(addresses, dtype=torch.int64, device=device),
-            state=torch.zeros(state_words(max_bytes), dtype=torch.int32, device=device),
+            state=torch.zeros(state_words(max_bytes, block), dtype=torch.int32, device=device),
             failed=self._failed,
-            pdl=True,
+            pdl=pdl,
+            block=block,
         )
+        # The exchange of rows to norm: its block becomes known with the first row.
+        self._norm_inboxes = self._exchange.inboxes + norm_at
+        self._norm_state = torch.zeros(2 * _MAX_NORM_ROWS, dtype=torch.int32, device=device)
+        self._norm_exchange: Exchange | None = None
 
     def _open(self, rank: int, handle: bytes) -> int:
         if rank == self._rank:
@@ -102,6 +116,28 @@ class IpcCollectives:
         self._exchange.gather(packed, out)
         return out[:, : x.numel()].reshape(self._world_size, *x.shape)
 
+    def all_reduce_add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor | None:
+        row_bytes = x.shape[1] * x.element_size()
+        if row_bytes % PACKET_BYTES or x.shape[0] > _MAX_NORM_ROWS:
+            return None
+        block = block_of(x.shape[1], x.dtype)
+        if self._norm_exchange is None:
+            self._norm_exchange = replace(
+                self._exchange,
+                max_bytes=_norm_rows(block, self._world_size) * block * PACKET_BYTES,
+                inboxes=self._norm_inboxes,
+                state=self._norm_state,
+                block=block,
+            )
+        exchange = self._norm_exchange
+        if exchange.block != block or x.shape[0] * block * PACKET_BYTES > exchange.max_bytes:
+            return None
+        out = torch.empty_like(residual)
+        reduce_add_rms_norm(exchange, x, residual, weight, eps, out)
+        return out
+
     def check(self) -> None:
         if self._failed_view[0]:
             raise WorkerLostError(
@@ -118,6 +154,11 @@ class IpcCollectives:
         if self._inbox:
             self._driver.free(self._inbox)
             self._inbox = 0
+
+
+def _norm_rows(block: int, world_size: int) -> int:
+    """Rows that the norm's part of the inbox has places for."""
+    return min(_MAX_NORM_ROWS, _NORM_BYTES // (4 * world_size * block * PACKET_BYTES))
 
 
 def _packed(x: torch.Tensor) -> torch.Tensor:

@@ -311,6 +311,16 @@ def _open_device(config: RankConfig) -> None:
         open_device(config.device)
 
 
+def _follower_main(config: RankConfig) -> int:
+    try:
+        _open_device(config)
+        follow(config)
+    except PdrelayError as error:  # rank 0's end tells the front door; the log tells why
+        print(f"pdrelay worker {config.instance}.{config.rank}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, LaunchError) else 1
+    return 0
+
+
 def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front door decides when to stop
     config = read_rank_config(sys.stdin.buffer)
@@ -319,9 +329,7 @@ def main() -> int:
     torch.set_num_threads(config.num_threads)
     torch.manual_seed(config.seed)
     if config.rank > 0:
-        _open_device(config)
-        follow(config)
-        return 0
+        return _follower_main(config)
     control: Channel[ToWorker] = Channel(socket.socket(fileno=config.control_fd), ToWorker)
     try:
         _open_device(config)

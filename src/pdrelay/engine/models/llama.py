@@ -67,14 +67,13 @@ class LlamaForCausalLM:
     def forward(
         self, token_ids: torch.Tensor, positions: torch.Tensor, context: ForwardContext
     ) -> torch.Tensor:
-        ops, eps = self._ops, self._config.rms_norm_eps
-        all_reduce_, after_layer = self._communicator.all_reduce_, context.after_layer
+        ops, after_layer = self._ops, context.after_layer
         slots, remote = context.slot_mapping, context.remote
         keep_keys = self.backend.keeps_keys and context.has_fresh_prompt
         residual = self._embed(token_ids)
-        x: torch.Tensor | None = None
+        x: torch.Tensor | None = None  # this rank's part of what the residual still lacks
         for i, (layer, kv) in enumerate(zip(self._layers, context.kv_pool.unbind(0), strict=True)):
-            qkv, residual = ops.norm_linear(x, residual, layer.input_norm, eps, layer.qkv)
+            qkv, residual = self._norm_linear(x, residual, layer.input_norm, layer.qkv)
             q = ops.rope_write_kv(
                 qkv,
                 positions,
@@ -87,13 +86,34 @@ class LlamaForCausalLM:
             )
             if after_layer is not None:
                 after_layer(i)
-            x = all_reduce_(layer.o(self._attention(q, kv, context)))
-            h, residual = ops.norm_gate_up(
-                x, residual, layer.post_attention_norm, eps, layer.gate_up
-            )
-            x = all_reduce_(layer.down(h))
+            x = layer.o(self._attention(q, kv, context))
+            h, residual = self._norm_gate_up(x, residual, layer.post_attention_norm, layer.gate_up)
+            x = layer.down(h)
         assert x is not None
-        return residual.add_(x)
+        return residual.add_(self._communicator.all_reduce_(x))
+
+    def _norm_linear(
+        self, x: torch.Tensor | None, residual: torch.Tensor, norm: torch.Tensor, linear: Linear
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`Ops.norm_linear` of x summed over ranks."""
+        eps, communicator = self._config.rms_norm_eps, self._communicator
+        if x is not None:
+            h = communicator.all_reduce_add_rms_norm(x, residual, norm, eps)
+            if h is not None:
+                return linear(h), residual
+            x = communicator.all_reduce_(x)
+        return self._ops.norm_linear(x, residual, norm, eps, linear)
+
+    def _norm_gate_up(
+        self, x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, gate_up: Linear
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`Ops.norm_gate_up` of x summed over ranks."""
+        eps, communicator = self._config.rms_norm_eps, self._communicator
+        h = communicator.all_reduce_add_rms_norm(x, residual, norm, eps)
+        if h is not None:
+            return self._ops.silu_mul(gate_up(h)), residual
+        x = communicator.all_reduce_(x)
+        return self._ops.norm_gate_up(x, residual, norm, eps, gate_up)
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,8 @@
 """One-shot all-reduce and all-gather between GPUs that map each other's memory.
 
-Every rank stores its part into an inbox on every peer and reads its own inbox. Data and flag
-travel in one store (NCCL's LL protocol: 8 bytes of a 16-byte packet are data, each 4-byte half
-beside a flag), so there is no fence and no second trip over the link: a word is there when the
-flag beside it is the expected count. It relies on 8-byte halves of a 16-byte store arriving whole,
-as NCCL does. Parts are added in rank order in float32: the same bits on every rank.
+Every rank stores its part into an inbox on every peer and reads its own inbox, in packets that
+carry their own flags (`packets.py`): one trip over the link. Parts are added in rank order in
+float32: the same bits on every rank.
 
 An inbox has a place for each (program, parity, source rank), BLOCK packets each. Program p talks
 to the programs p of its peers alone and counts its exchanges in its own memory, so that replays of
@@ -25,25 +23,31 @@ import triton
 import triton.language as tl
 
 from pdrelay.engine.kernels.triton.launch import WARP, interpreting, pdl_flags
+from pdrelay.engine.kernels.triton.packets import at_lane, lane, packets_at, receive, send
 
-PACKET_BYTES = 8  # of data; twice that on the link
+PACKET_BYTES = 8  # of data; twice that in an inbox
 BLOCK = 256  # packets a program, one a thread: more would be dealt out to threads anew in between
 _STATE_WORDS = 2  # a program: exchanges done, whether a peer was lost
-_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
-def inbox_bytes(max_bytes: int, world_size: int) -> int:
+def inbox_bytes(max_bytes: int, world_size: int, block: int = BLOCK) -> int:
     """Of one rank's inbox for messages of up to `max_bytes`."""
-    return num_programs(max_bytes) * 2 * world_size * BLOCK * 2 * PACKET_BYTES
+    return num_programs(max_bytes, block) * 2 * world_size * block * 2 * PACKET_BYTES
 
 
-def num_programs(num_bytes: int) -> int:
-    return triton.cdiv(num_bytes, BLOCK * PACKET_BYTES)
+def num_programs(num_bytes: int, block: int = BLOCK) -> int:
+    return triton.cdiv(num_bytes, block * PACKET_BYTES)
+
+
+def state_words(max_bytes: int, block: int = BLOCK) -> int:
+    return _STATE_WORDS * num_programs(max_bytes, block)
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """What one rank's kernels need: made once, the same `max_bytes` and timeout on all ranks.
+    """What one rank's kernels need: made once, with the same `max_bytes` and `block` on all
+    ranks.
 
     `inboxes`: int64 [world_size], addresses as this rank's GPU reaches them, zeroed memory of
     `inbox_bytes` each. `state`: int32 zeros, `state_words`. `failed`: int32 [1], pinned host
@@ -58,11 +62,12 @@ class Exchange:
     state: torch.Tensor
     failed: torch.Tensor
     pdl: bool = False
+    block: int = BLOCK
 
     def reduce(self, x: torch.Tensor, out: torch.Tensor, *, phase: str = "both") -> None:
         """`out` = sum of all ranks' `x`; both contiguous, the same dtype (bfloat16, float16 or
         float32) and a multiple of 8 bytes, at most `max_bytes`. They may be the same."""
-        self._launch(x, out, _DTYPES[x.dtype], phase)
+        self._launch(x, out, DTYPES[x.dtype], phase)
 
     def gather(self, x: torch.Tensor, out: torch.Tensor, *, phase: str = "both") -> None:
         """`out` = all ranks' `x` one after the other; contiguous, any dtype, sizes as above."""
@@ -78,7 +83,7 @@ class Exchange:
         assert 0 < num_bytes <= self.max_bytes and num_bytes % PACKET_BYTES == 0
         assert x.data_ptr() % PACKET_BYTES == 0 and out.data_ptr() % PACKET_BYTES == 0
         assert phase == "both" or interpreting()
-        _exchange[(num_programs(num_bytes),)](
+        _exchange[(num_programs(num_bytes, self.block),)](
             x.view(-1).view(torch.int64),
             out.view(-1).view(torch.int64),
             self.inboxes,
@@ -91,18 +96,14 @@ class Exchange:
             DTYPE=dtype,
             SEND=phase != "receive",
             RECEIVE=phase != "send",
-            SIZE=BLOCK,
+            SIZE=self.block,
             INTERPRET=interpreting(),
-            num_warps=BLOCK // WARP,
+            num_warps=self.block // WARP,
             **pdl_flags(self.pdl),
         )
 
 
-def state_words(max_bytes: int) -> int:
-    return _STATE_WORDS * num_programs(max_bytes)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["num_packets", "timeout_ns"])
 def _exchange(
     x_ptr: tl.tensor,
     out_ptr: tl.tensor,
@@ -140,7 +141,7 @@ def _exchange(
         for peer in tl.static_range(WORLD):
             if peer != RANK:
                 inbox = tl.load(inboxes_ptr + peer)
-                _send(_packets_at(inbox, place + RANK, SIZE), mine, flag, INTERPRET)
+                send(packets_at(inbox, place + RANK, SIZE), mine, flag, INTERPRET)
     if RECEIVE:
         patience = tl.where(lost != 0, 0, timeout_ns).to(tl.int64)
         late = tl.zeros((SIZE,), tl.int32)
@@ -154,22 +155,22 @@ def _exchange(
             if source == RANK:
                 value = mine
             else:
-                value, silent = _receive(
-                    _packets_at(own_inbox, place + source, SIZE), flag, patience, INTERPRET
+                value, silent = receive(
+                    packets_at(own_inbox, place + source, SIZE), flag, patience, INTERPRET
                 )
                 late = late | silent
             if DTYPE is None:
                 tl.store(out_ptr + source * num_packets + packets, value, mask=inside)
             else:
-                total0 += _lane(value, 0, DTYPE)
-                total1 += _lane(value, 1, DTYPE)
+                total0 += lane(value, 0, DTYPE)
+                total1 += lane(value, 1, DTYPE)
                 if LANES == 4:
-                    total2 += _lane(value, 2, DTYPE)
-                    total3 += _lane(value, 3, DTYPE)
+                    total2 += lane(value, 2, DTYPE)
+                    total3 += lane(value, 3, DTYPE)
         if DTYPE is not None:
-            value = _at_lane(total0, 0, DTYPE) | _at_lane(total1, 1, DTYPE)
+            value = at_lane(total0, 0, DTYPE) | at_lane(total1, 1, DTYPE)
             if LANES == 4:
-                value |= _at_lane(total2, 2, DTYPE) | _at_lane(total3, 3, DTYPE)
+                value |= at_lane(total2, 2, DTYPE) | at_lane(total3, 3, DTYPE)
             tl.store(out_ptr + packets, value, mask=inside)
         any_late = tl.max(late, 0)
         tl.debug_barrier()  # every warp has read the counter
@@ -177,108 +178,3 @@ def _exchange(
         if any_late != 0:
             tl.store(state + 1, 1)
             tl.store(failed_ptr, 1)
-
-
-@triton.jit
-def _packets_at(inbox: tl.tensor, place: tl.tensor, SIZE: tl.constexpr) -> tl.tensor:
-    """Addresses of the packets of a place."""
-    return inbox + (place.to(tl.int64) * SIZE + tl.arange(0, SIZE)) * 16
-
-
-@triton.jit
-def _lane(packet: tl.tensor, LANE: tl.constexpr, DTYPE: tl.constexpr) -> tl.tensor:
-    """One of a packet's numbers as float32."""
-    if DTYPE.primitive_bitwidth == 32:
-        return (packet >> (32 * LANE)).to(tl.int32).to(tl.float32, bitcast=True)
-    else:
-        return (packet >> (16 * LANE)).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def _at_lane(number: tl.tensor, LANE: tl.constexpr, DTYPE: tl.constexpr) -> tl.tensor:
-    """A packet that holds `number`, rounded, and zeros."""
-    if DTYPE.primitive_bitwidth == 32:
-        bits = number.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
-        return bits << (32 * LANE)
-    else:
-        bits = number.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int64) & 0xFFFF
-        return bits << (16 * LANE)
-
-
-@triton.jit
-def _send(address: tl.tensor, packet: tl.tensor, flag: tl.tensor, INTERPRET: tl.constexpr) -> None:
-    if INTERPRET:
-        words = address.to(tl.pointer_type(tl.int32), bitcast=True)
-        tl.store(words, packet.to(tl.int32))
-        tl.store(words + 1, flag)
-        tl.store(words + 2, (packet >> 32).to(tl.int32))
-        tl.store(words + 3, flag)
-    else:
-        tl.inline_asm_elementwise(
-            """
-            {
-                .reg .b32 lo, hi;
-                mov.b64 {lo, hi}, $2;
-                st.volatile.global.v4.b32 [$1], {lo, $3, hi, $3};
-                mov.b32 $0, 0;
-            }
-            """,
-            "=r,l,l,r",
-            [address, packet, flag],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@triton.jit
-def _receive(
-    address: tl.tensor, flag: tl.tensor, patience_ns: tl.tensor, INTERPRET: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor]:
-    """(packet, 0) once both halves carry `flag`; (rubbish, 1) after `patience_ns`.
-
-    The clock is read once in 1,024 polls, about half a millisecond.
-    """
-    if INTERPRET:
-        words = address.to(tl.pointer_type(tl.int32), bitcast=True)
-        lo = tl.load(words).to(tl.int64) & 0xFFFFFFFF
-        packet = lo | (tl.load(words + 2).to(tl.int64) << 32)
-        arrived = (tl.load(words + 1) == flag) & (tl.load(words + 3) == flag)
-        silent = tl.where(arrived, 0, 1)
-    else:
-        packet, silent = tl.inline_asm_elementwise(
-            """
-            {
-                .reg .pred ready, more;
-                .reg .b32 lo, hi, first, second, polls, gave_up;
-                .reg .b64 now, until;
-                mov.b64 until, 0;
-                mov.b32 polls, 0;
-                mov.b32 gave_up, 0;
-            poll:
-                ld.volatile.global.v4.b32 {lo, first, hi, second}, [$2];
-                setp.eq.b32 ready, first, $3;
-                setp.eq.and.b32 ready, second, $3, ready;
-                @ready bra done;
-                add.u32 polls, polls, 1;
-                and.b32 first, polls, 1023;
-                setp.ne.b32 more, first, 0;
-                @more bra poll;
-                mov.u64 now, %globaltimer;
-                setp.eq.u64 more, until, 0;
-                @more add.u64 until, now, $4;
-                setp.lt.u64 more, now, until;
-                @more bra poll;
-                mov.b32 gave_up, 1;
-            done:
-                mov.b64 $0, {lo, hi};
-                mov.b32 $1, gave_up;
-            }
-            """,
-            "=l,=r,l,r,l",
-            [address, flag, patience_ns],
-            dtype=(tl.int64, tl.int32),
-            is_pure=False,
-            pack=1,
-        )
-    return packet, silent
