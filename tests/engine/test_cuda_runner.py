@@ -321,6 +321,15 @@ def test_graphs_of_a_peers_pool_store_what_the_same_step_stores_without_one():
     assert accelerator.replays == 2 and torch.equal(peers[1], peers[0])
 
 
+def test_no_graph_is_captured_by_one_rank_of_several():
+    runner, pool, _ = counted_runner(small_config())
+    runner.broadcast = lambda message: None
+    runner.pool_opened(pool)
+    assert not runner.has_idle_work
+    runner.pool_closed(pool)
+    assert not runner.has_idle_work
+
+
 @pytest.mark.parametrize("captured", ["none", "some", "all"])
 def test_graphs_go_with_the_peers_pool(captured):
     """Not even another pool at the same address runs them."""

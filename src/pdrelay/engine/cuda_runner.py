@@ -115,7 +115,8 @@ class CudaRunner:
 
     def pool_opened(self, pool: Any) -> None:
         """Steps may store into this pool of a peer from now on: `RemoteSlots.tensor`."""
-        self._executor.prefill_graphs.open_pool(pool)
+        if self.broadcast is None:  # capturing would be a step that the other ranks have to join
+            self._executor.prefill_graphs.open_pool(pool)
 
     def pool_closed(self, pool: Any) -> None:
         """They will not any more. Call it before the mapping is closed."""
