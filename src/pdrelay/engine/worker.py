@@ -324,8 +324,10 @@ def _follower_main(config: RankConfig) -> int:
 def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front door decides when to stop
     config = read_rank_config(sys.stdin.buffer)
-    if config.device == "cpu" and config.role is not Role.PREFILL:
-        request_short_slices()  # a decode step must not wait behind another rank's prefill
+    if config.device == "cpu":
+        # A decode step must not wait behind a prefill. Prefill ranks too: what they give up when
+        # they yield between tiles (kernels/cpu.c) is the rest of a slice, so it must be short.
+        request_short_slices()
     torch.set_num_threads(config.num_threads)
     torch.manual_seed(config.seed)
     if config.rank > 0:

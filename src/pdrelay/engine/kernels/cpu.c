@@ -99,6 +99,24 @@ INLINE vec exp2_vec(vec x) {
   return (vec)(((ivec)p + ((ivec)shifted << 23)) & ~zero);
 }
 
+static int64_t now_ns(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+/* Called between tiles of long kernels: lets others have the core every YIELD_NS. Linux ends time
+ * slices at ticks only, 1 to 10 ms apart; a process that needs a few microseconds of this core, the
+ * front door with a token to relay, would wait that long behind a prefill. Costs nothing where
+ * nobody waits. */
+#define YIELD_NS 200000
+static __thread int64_t yielded_ns;
+static void give_way(void) {
+  if (now_ns() - yielded_ns < YIELD_NS) return;
+  sched_yield();
+  yielded_ns = now_ns();
+}
+
 /* ---- GEMM: out[M, N] = x[M, K] @ w[N, K]^T + bias, w packed in panels of NR columns ---- */
 
 API long pd_panel_width(void) { return NR; }
@@ -147,6 +165,7 @@ API void pd_linear(const float *x, const float *packed, const float *bias, float
     for (long n0 = 0; n0 < N; n0 += NR) {
       const float *panel = packed + n0 * K, *b = bias ? bias + n0 : 0;
       long cols = min_l(NR, N - n0);
+      give_way();
       for (long m = m0; m < m1; m += MR) {
         const float *xm = x + m * K;
         float *o = out + m * N + n0;
@@ -412,7 +431,8 @@ INLINE void attend_tile(const int direct, const attention *a, long h, long k0, t
                         float *l) {
   long group = a->Hq / a->Hkv, rows = a->length * group;
   pack_tile(direct, a, h, t);
-  for (long r = max_l(0, k0 - a->context) * group; r < rows; r += MR) {
+  for (long r = max_l(0, k0 - a->context) * group, n = 0; r < rows; r += MR, n++) {
+    if (n % 16 == 0) give_way();
     switch (rows - r) {
       case 1: attend_rows(1, direct, a, h, k0, r, t, m, l); break;
       case 2: attend_rows(2, direct, a, h, k0, r, t, m, l); break;
@@ -517,12 +537,6 @@ API int pd_attend_decode(const float *q, float *out, const float *kv, const int3
  */
 #define LINE_WORDS 16 /* uint32 words of a header line: 64 bytes */
 #define SPINS 2000
-
-static int64_t now_ns(void) {
-  struct timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
-}
 
 INLINE void relax(void) {
 #if defined(__x86_64__)
