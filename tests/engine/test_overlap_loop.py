@@ -101,8 +101,8 @@ def test_penalties_are_not_planned_ahead(penalty):
 
 def test_random_traffic_with_aborts_and_preemption_equals_the_plain_loop():
     rng = random.Random(3)
-    overlapped = Instance("replica-0", overlap=True, num_blocks=20)
-    plain = Instance("replica-1", num_blocks=20)
+    overlapped = Instance("replica-0", overlap=True, num_blocks=14)
+    plain = Instance("replica-1", num_blocks=14)
     door = FrontDoor(overlapped, plain)
     shared = [rng.randrange(VOCAB_SIZE) for _ in range(24)]
     prompts, aborted = {}, set()
