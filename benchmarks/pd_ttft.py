@@ -6,7 +6,8 @@
 All servers run throughout and are idle but for the one request in flight, so noise of the machine
 meets all. Prints medians: TTFT, its ratio to the last topology's and the allowance 1.05 x + 2 ms,
 TTST - TTFT (in P/D it holds the hand-over) and ITL; then, for each number of streams, the ITL of
-that many decoding together. Greedy tokens of all topologies are compared.
+that many decoding together. "equal" counts the prompts whose greedy tokens are the last topology's
+(another engine's random weights are others).
 Servers share the GPUs: each gets its part of --gpu-memory-utilization. --attach adds servers that
 run already; where the last is vLLM's, the ratios are to vLLM.
 """
@@ -51,7 +52,7 @@ async def by_length(
     reference = names[-1]
     print(
         f"{'input':>6} {'topology':<12} {'TTFT':>9} {'ratio':>7} {'allowed':>9} "
-        f"{'TTST-TTFT':>10} {'ITL':>7}   (medians, ms)"
+        f"{'TTST-TTFT':>10} {'ITL':>7} {'equal':>7}   (medians, ms)"
     )
     for length in lengths:
         records: dict[str, list[ClientRecord]] = {name: [] for name in names}
@@ -72,10 +73,13 @@ async def by_length(
         base = medians[reference]
         for name in names:
             gaps = [gaps_ms(r) for r in records[name][WARM_UPS:]]
+            pairs = list(zip(records[name], records[reference], strict=True))
+            equal = sum(a.token_ids is not None and a.token_ids == b.token_ids for a, b in pairs)
             print(
                 f"{length:6} {name:<12} {medians[name]:9.2f} {medians[name] / base:7.3f} "
                 f"{1.05 * base + 2:9.2f} {statistics.median(g[0] for g in gaps):10.2f} "
-                f"{statistics.median(x for g in gaps for x in g[1:]):7.2f}",
+                f"{statistics.median(x for g in gaps for x in g[1:]):7.2f} "
+                f"{f'{equal}/{len(pairs)}':>7}",
                 flush=True,
             )
 
@@ -154,7 +158,12 @@ def main() -> None:
     parser.add_argument("--stream-input-len", type=int, default=512)
     parser.add_argument("--vocab-size", type=int, default=256)
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
-    parser.add_argument("--serve-args", nargs="*", default=[], help="more flags for every server")
+    parser.add_argument(
+        "--serve-args",
+        nargs="*",
+        default=[],
+        help="for every server: --serve-args=--max-model-len=N",
+    )
     parser.add_argument("--verbose", action="store_true", help="print what servers say at start")
     asyncio.run(run(parser.parse_args()))
 
