@@ -51,7 +51,6 @@ from pdrelay.transport.base import (
 from pdrelay.transport.completions import Completions
 from pdrelay.transport.copying import (
     check_blocks,
-    check_commit,
     check_compatible,
     check_layer,
     check_slots,
@@ -68,9 +67,9 @@ from pdrelay.transport.device import (
     PageMove,
     PagePool,
 )
-from pdrelay.transport.meter import Meter
 from pdrelay.transport.news import Bell, NewsQueue
 from pdrelay.transport.open_transfers import OpenTransfer, OpenTransfers
+from pdrelay.transport.stored import StoredTransfers
 
 NAME = "mapped"
 # Layers are copied together until they are worth a launch (5 µs of NVLink), or a round is over.
@@ -105,7 +104,7 @@ class DeviceMappedTransport:
         self._clock = clock
         self._bell = Bell()
         self._news: NewsQueue[Arrived | TransferFailed] = NewsQueue(self._bell)
-        self._expected: dict[str, int] = {}  # transfer id to pages due
+        self._stored = StoredTransfers(pages.layout, NAME, self._news, clock)
         self._completions = Completions("kv-mapped")
         self._mappings: list[int] = []  # opened and not closed yet
         self._closed = False
@@ -149,25 +148,10 @@ class DeviceMappedTransport:
     def expect(
         self, transfer_id: str, first_block: int, blocks: Sequence[int], keys: Sequence[bytes]
     ) -> None:
-        if transfer_id in self._expected:
-            raise TransportError(f"transfer {transfer_id} is expected already")
-        check_blocks(blocks, self._pages.layout, "local")
-        self._expected[transfer_id] = len(blocks) * self._pages.layout.num_layers
+        self._stored.expect(transfer_id, blocks)
 
     def commit(self, transfer_id: str, num_pages: int) -> None:
-        due = self._expected.pop(transfer_id, None)
-        if due is None:
-            return
-        wrong = check_commit(num_pages, due)
-        if wrong is not None:
-            self._news.put(TransferFailed(transfer_id, wrong))
-            return
-        # The producer's stores were complete before its commit left: kernels launched from now on
-        # see them.
-        now = self._clock()
-        meter = Meter(num_bytes=num_pages * self._pages.layout.layer_block_bytes)
-        meter.start_ns = meter.end_ns = now
-        self._news.put(Arrived(meter.report(transfer_id, NAME)))
+        self._stored.commit(transfer_id, num_pages)
 
     def poll(self) -> list[Arrived | TransferFailed]:
         self._completions.reap()
@@ -175,7 +159,7 @@ class DeviceMappedTransport:
 
     def abort(self, transfer_id: str) -> None:
         """Forget the transfer. A producer may go on storing until *it* says `Closed`."""
-        self._expected.pop(transfer_id, None)
+        self._stored.forget(transfer_id)
 
     def fileno(self) -> int:
         return self._bell.fileno()
@@ -185,7 +169,7 @@ class DeviceMappedTransport:
         if self._closed:
             return
         self._closed = True
-        self._expected.clear()
+        self._stored.clear()
         self._completions.close(_CLOSE_TIMEOUT_S)
         self._bell.close()
 

@@ -27,7 +27,6 @@ from pdrelay.transport.base import (
 )
 from pdrelay.transport.copying import (
     check_blocks,
-    check_commit,
     check_compatible,
     check_layer,
     check_slots,
@@ -37,11 +36,11 @@ from pdrelay.transport.copying import (
 )
 from pdrelay.transport.device import Device, DevicePages
 from pdrelay.transport.device_mapped import DeviceMappedTransport
-from pdrelay.transport.meter import Meter
 from pdrelay.transport.news import Bell, NewsQueue
 from pdrelay.transport.open_transfers import OpenTransfer, OpenTransfers
 from pdrelay.transport.options import TransportOptions
 from pdrelay.transport.pages import SharedPages
+from pdrelay.transport.stored import StoredTransfers
 
 NAME = "mapped"
 
@@ -71,7 +70,7 @@ class MappedTransport:
         self._clock = clock
         self._bell = Bell()
         self._news: NewsQueue[Arrived | TransferFailed] = NewsQueue(self._bell)
-        self._expected: dict[str, int] = {}  # transfer id to pages due
+        self._stored = StoredTransfers(pages.layout, NAME, self._news, clock)
 
     def descriptor(self) -> Descriptor:
         data = MappedDescriptor(self._instance, self._pages.layout.total_bytes)
@@ -96,37 +95,23 @@ class MappedTransport:
     def expect(
         self, transfer_id: str, first_block: int, blocks: Sequence[int], keys: Sequence[bytes]
     ) -> None:
-        if transfer_id in self._expected:
-            raise TransportError(f"transfer {transfer_id} is expected already")
-        check_blocks(blocks, self._pages.layout, "local")
-        self._expected[transfer_id] = len(blocks) * self._pages.layout.num_layers
+        self._stored.expect(transfer_id, blocks)
 
     def commit(self, transfer_id: str, num_pages: int) -> None:
-        due = self._expected.pop(transfer_id, None)
-        if due is None:
-            return
-        wrong = check_commit(num_pages, due)
-        if wrong is not None:
-            self._news.put(TransferFailed(transfer_id, wrong))
-            return
-        # The producer's stores came before its commit: nothing is left to do, or to time.
-        now = self._clock()
-        meter = Meter(num_bytes=num_pages * self._pages.layout.layer_block_bytes)
-        meter.start_ns = meter.end_ns = now
-        self._news.put(Arrived(meter.report(transfer_id, NAME)))
+        self._stored.commit(transfer_id, num_pages)
 
     def poll(self) -> list[Arrived | TransferFailed]:
         return self._news.take()
 
     def abort(self, transfer_id: str) -> None:
         """Forget the transfer. A producer may go on storing until *its* `abort` returned."""
-        self._expected.pop(transfer_id, None)
+        self._stored.forget(transfer_id)
 
     def fileno(self) -> int:
         return self._bell.fileno()
 
     def close(self) -> None:
-        self._expected.clear()
+        self._stored.clear()
         self._bell.close()
 
 
