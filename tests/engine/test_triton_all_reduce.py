@@ -38,7 +38,7 @@ class Ranks:
                 rank=rank,
                 world_size=world_size,
                 max_bytes=MAX_BYTES,
-                timeout_ns=1,
+                timeout_us=1,
                 inboxes=torch.tensor([inbox.data_ptr() for inbox in inboxes]),
                 state=torch.zeros(state_words(MAX_BYTES, block), dtype=torch.int32),
                 failed=torch.zeros(1, dtype=torch.int32),

@@ -78,7 +78,7 @@ class IpcCollectives:
             rank=rank,
             world_size=world_size,
             max_bytes=max_bytes,
-            timeout_ns=int(timeout_s * 1e9),
+            timeout_us=int(timeout_s * 1e6),
             inboxes=torch.tensor(addresses, dtype=torch.int64, device=device),
             state=torch.zeros(state_words(max_bytes, block), dtype=torch.int32, device=device),
             failed=self._failed,

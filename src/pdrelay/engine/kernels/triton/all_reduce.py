@@ -57,7 +57,7 @@ class Exchange:
     rank: int
     world_size: int
     max_bytes: int
-    timeout_ns: int
+    timeout_us: int  # kernels take integers as int32
     inboxes: torch.Tensor
     state: torch.Tensor
     failed: torch.Tensor
@@ -90,7 +90,7 @@ class Exchange:
             self.state,
             self.failed,
             num_bytes // PACKET_BYTES,
-            self.timeout_ns,
+            self.timeout_us,
             RANK=self.rank,
             WORLD=self.world_size,
             DTYPE=dtype,
@@ -103,7 +103,7 @@ class Exchange:
         )
 
 
-@triton.jit(do_not_specialize=["num_packets", "timeout_ns"])
+@triton.jit(do_not_specialize=["num_packets", "timeout_us"])
 def _exchange(
     x_ptr: tl.tensor,
     out_ptr: tl.tensor,
@@ -111,7 +111,7 @@ def _exchange(
     state_ptr: tl.tensor,
     failed_ptr: tl.tensor,
     num_packets: int,
-    timeout_ns: int,
+    timeout_us: int,
     RANK: tl.constexpr,
     WORLD: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -143,7 +143,7 @@ def _exchange(
                 inbox = tl.load(inboxes_ptr + peer)
                 send(packets_at(inbox, place + RANK, SIZE), mine, flag, INTERPRET)
     if RECEIVE:
-        patience = tl.where(lost != 0, 0, timeout_ns).to(tl.int64)
+        patience = tl.where(lost != 0, 0, timeout_us).to(tl.int64) * 1000
         late = tl.zeros((SIZE,), tl.int32)
         if DTYPE is not None:
             LANES: tl.constexpr = 64 // DTYPE.primitive_bitwidth

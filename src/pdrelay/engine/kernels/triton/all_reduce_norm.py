@@ -53,7 +53,7 @@ def reduce_add_rms_norm(
         exchange.inboxes,
         exchange.state,
         exchange.failed,
-        exchange.timeout_ns,
+        exchange.timeout_us,
         eps,
         WIDTH=width * x.element_size() // PACKET_BYTES,
         RANK=exchange.rank,
@@ -72,7 +72,7 @@ def _packets(x: torch.Tensor) -> torch.Tensor:
     return x.view(-1).view(torch.int64)
 
 
-@triton.jit(do_not_specialize=["timeout_ns"])
+@triton.jit(do_not_specialize=["timeout_us"])
 def _exchange_add_rms_norm(
     x_ptr: tl.tensor,
     residual_ptr: tl.tensor,
@@ -81,7 +81,7 @@ def _exchange_add_rms_norm(
     inboxes_ptr: tl.tensor,
     state_ptr: tl.tensor,
     failed_ptr: tl.tensor,
-    timeout_ns: int,
+    timeout_us: int,
     eps: float,
     WIDTH: tl.constexpr,
     RANK: tl.constexpr,
@@ -117,7 +117,7 @@ def _exchange_add_rms_norm(
     if RECEIVE:
         residual = tl.load(residual_ptr + row * WIDTH + places, mask=inside, other=0)
         LANES: tl.constexpr = 64 // DTYPE.primitive_bitwidth
-        patience = tl.where(lost != 0, 0, timeout_ns).to(tl.int64)
+        patience = tl.where(lost != 0, 0, timeout_us).to(tl.int64) * 1000
         late = tl.zeros((SIZE,), tl.int32)
         sum0 = tl.zeros((SIZE,), tl.float32)
         sum1 = tl.zeros((SIZE,), tl.float32)
