@@ -62,7 +62,8 @@ def test_chat_like_lengths() -> None:
     assert statistics.mean(lengths) == pytest.approx(CHAT_INPUT_MEAN, rel=0.1)
     assert min(lengths) >= 4
     assert max(r.max_tokens for r in requests) == 64
-    assert requests == chat_like(2000, seed=2, max_input_len=100_000, max_output_len=64)
+    few, again = (chat_like(100, seed=2) for _ in range(2))
+    assert few == again
 
 
 def test_jsonl_of_all_kinds(tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ VECTOR = LinearTuning("vector", 4, 256, warps=1)
 DOT = LinearTuning("dot", 16, 64, warps=4, stages=3)
 RUNS = [(1, VECTOR), (1, DOT), (3, DOT), (8, DOT)]
 SHAPES = [
-    (64, 256),
-    (40, 96),
-    (33, 600),
+    (32, 256),
+    (24, 96),
+    (17, 600),
 ]  # N, K: whole tiles; one part tile; several, the last part
 
 

@@ -171,6 +171,17 @@ async def test_failed_start_names_the_cause(run_dir, monkeypatch, mode, cause):
         assert rig.deaths == []
 
 
+async def test_after_a_failed_start_nothing_is_restarted(run_dir, monkeypatch):
+    """What ends between the failure and `stop` is no death of a server that ran."""
+    monkeypatch.setenv("STUB_MODE", "fatal@replica-1")
+    async with Rig(run_dir, Replicas(2)) as rig:
+        with pytest.raises(LaunchError):
+            await rig.supervisor.start()
+        os.kill(rig.instance("replica-0").pids[0], signal.SIGKILL)
+        await rig.state("replica-0", State.FAILED)
+        assert rig.deaths == []
+
+
 async def test_missing_program(run_dir):
     command = ("/nonexistent/python",)
     async with Rig(run_dir, Replicas(1), command=command) as rig:

@@ -164,7 +164,11 @@ class Supervisor:
 
     @property
     def _starting_up(self) -> bool:
-        return self._started is not None and not self._started.done()
+        """Until all are ready. A start that failed is never over: nothing is restarted."""
+        started = self._started
+        if started is None:
+            return False
+        return not started.done() or started.cancelled() or started.exception() is not None
 
     # ---- deaths
 
