@@ -142,22 +142,17 @@ def group_members(group: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def started(host: Host, name: str, gpu: int, transfer: dict[str, Any] | None) -> Iterator[Instance]:
-    """An instance that was just started; with all its children killed in the end, also when this
-    process is killed."""
-    port = free_port()
-    log = host.log_dir / f"{name}.log"
+def running(
+    argv: Sequence[str], log: Path, env: dict[str, str]
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process; with all its children killed in the end, also when this one is killed."""
     guard = [sys.executable, "-I", "-S", str(GUARD), str(os.getpid())]
     with log.open("wb") as out:
         process = subprocess.Popen(
-            [*guard, *host.argv(port, transfer)],
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env=host.environment(name, gpu if host.num_gpus > 1 else 0),
-            start_new_session=True,
+            [*guard, *argv], stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True
         )
     try:
-        yield Instance(name, f"http://127.0.0.1:{port}", log, process, time.monotonic())
+        yield process
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
@@ -166,6 +161,16 @@ def started(host: Host, name: str, gpu: int, transfer: dict[str, Any] | None) ->
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait(30)
+
+
+@contextlib.contextmanager
+def started(host: Host, name: str, gpu: int, transfer: dict[str, Any] | None) -> Iterator[Instance]:
+    """An instance that was just started."""
+    port = free_port()
+    log = host.log_dir / f"{name}.log"
+    env = host.environment(name, gpu if host.num_gpus > 1 else 0)
+    with running(host.argv(port, transfer), log, env) as process:
+        yield Instance(name, f"http://127.0.0.1:{port}", log, process, time.monotonic())
 
 
 async def wait_ready(
