@@ -12,8 +12,8 @@ import platform
 import struct
 
 SHORT_SLICE_NS = 100_000  # the kernel's minimum
-# Of who relays or reads tokens: as long as one step's tokens take, so that the reader that the first
-# of them wakes does not interrupt the rest (docs/LOG.md, 2026-11-24).
+# Of who relays or reads tokens: as long as the tokens of a step take, so that the reader that the
+# first of them wakes does not interrupt the rest (docs/LOG.md, 2026-11-24).
 RELAY_SLICE_NS = 400_000
 
 _SYSCALLS = {"x86_64": (314, 315), "aarch64": (274, 275)}  # sched_setattr, sched_getattr
