@@ -74,13 +74,16 @@ def test_below_the_floor_there_is_no_ratio(measured):
 
 
 def test_a_server_that_does_not_start_is_a_note_and_the_other_is_stopped(tmp_path):
+    first_is_up = asyncio.Event()
+
     class SecondIsBroken(FakeLauncher):
         async def start(self, topology, **options):
             if topology.kind == "replicas":
-                while not self.servers:
-                    await asyncio.sleep(0)
+                await first_is_up.wait()
                 raise LaunchError("it is broken: mend it")
-            return await super().start(topology, **options)
+            server = await super().start(topology, **options)
+            first_is_up.set()
+            return server
 
     launcher = SecondIsBroken()
     config = dataclasses.replace(KV_CONFIG, out=tmp_path, serve=SERVE)
