@@ -85,6 +85,7 @@ def build_rank(config: RankConfig, communicator: Communicator) -> Rank:
             dtype=getattr(torch, config.dtype),
             device=torch.device(config.device),
             communicator=communicator,
+            attention=config.attention,
         )
     if config.device == "cpu":
         return _on_cpu(config, model_config, model, startup)
