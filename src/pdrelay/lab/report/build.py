@@ -17,6 +17,7 @@ from pdrelay.lab.report.interference import interference_rows
 from pdrelay.lab.report.page import render
 from pdrelay.lab.report.phases import phase_rows
 from pdrelay.lab.report.shapes import shape_rows
+from pdrelay.lab.report.streams import streams_rows
 from pdrelay.lab.report.topologies import topology_figures
 from pdrelay.lab.report.traffic import traffic_rows
 from pdrelay.lab.report.transfers import transfer_rows
@@ -51,6 +52,7 @@ def summarize(run: Run) -> Summary:
         traffic=traffic,
         interference=interference,
         shapes=shape_rows(run),
+        streams=streams_rows(run),
         phases=phase_rows(run),
         transfers=transfer_rows(run),
         gpu=gpu_figures(run),

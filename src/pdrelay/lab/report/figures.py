@@ -16,7 +16,9 @@ from pdrelay.telemetry.sample import GpuInfo
 
 SCHEMA_VERSION = 1
 STALL = 5.0  # times the quiet median ITL
+FULL_SHARE = 0.9  # of the streams that must decode for an ITL to count as theirs
 Severity = Literal["error", "warning", "info"]
+TrafficKind = Literal["poisson", "trace", "fixed"]
 
 
 class TopologyFigures(msgspec.Struct, kw_only=True):
@@ -59,13 +61,18 @@ class RatioRow(msgspec.Struct, kw_only=True):
 
 
 class TrafficRow(msgspec.Struct, kw_only=True):
-    """One offered load on one topology."""
+    """One offered load on one topology.
+
+    kind: "poisson" is chat-like traffic at one of several rates, "trace" a trace, "fixed" requests
+    of one size.
+    """
 
     topology: str
     case: str
+    kind: TrafficKind = "poisson"
     workload: str
     rate: float | None  # requests/s offered
-    rate_fraction: float | None  # of the baseline's measured capacity
+    rate_fraction: float | None  # of the baseline's measured capacity, where that was measured
     num_requests: int
     num_failed: int
     ttft: Estimate
@@ -127,6 +134,22 @@ class ShapeRow(msgspec.Struct, kw_only=True):
     itl: Estimate
     e2e: Estimate
     output_rate: Estimate
+
+
+class StreamsRow(msgspec.Struct, kw_only=True):
+    """`num_streams` requests of one size, sent together, on one topology.
+
+    ITL is of the gaps within which at least `FULL_SHARE` of the streams decode (report/streams.py).
+    """
+
+    topology: str
+    num_streams: int
+    input_len: int
+    output_len: int
+    ttft: Estimate
+    itl: Estimate
+    itl_p99: Estimate
+    output_rate: Estimate  # tokens/s while that many decode
 
 
 class PhaseRow(msgspec.Struct, kw_only=True):
@@ -297,6 +320,7 @@ class Summary(msgspec.Struct, kw_only=True):
     traffic: list[TrafficRow]
     interference: list[InterferenceRow]
     shapes: list[ShapeRow]
+    streams: list[StreamsRow] = []
     phases: list[PhaseRow]
     transfers: list[TransferRow]
     gpu: GpuFigures
