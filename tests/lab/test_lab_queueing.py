@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -60,7 +61,7 @@ def test_the_distribution_rises_from_0_to_1_and_percentiles_invert_it():
     assert queue.probability_of_at_most(-1e-9) == 0.0
     grid = np.linspace(0, 5, 400)
     values = [queue.probability_of_at_most(float(each)) for each in grid]
-    assert all(b >= a - 1e-9 for a, b in zip(values, values[1:], strict=False))
+    assert all(b >= a - 1e-9 for a, b in pairwise(values))
     assert values[-1] == pytest.approx(1.0, abs=1e-6)
     for percentile in (60, 90, 99, 99.9):
         share = queue.probability_of_at_most(queue.wait_s(percentile))

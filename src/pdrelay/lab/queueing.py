@@ -1,7 +1,7 @@
 """How long requests of one size wait for a prefill: M/D/c queues, and a given arrival sequence.
 
-Poisson arrivals of `rate` a second, each taking `service_s` on one of `servers` that work in order of
-arrival. Waiting times are without service.
+Poisson arrivals of `rate` a second, each taking `service_s` on one of `servers` that work in order
+of arrival. Waiting times are without service.
 
 Sources: the waiting time distribution of M/D/c as finite sums of positive terms, and the state
 probabilities that it needs: G. J. Franx, "A simple solution for the M/D/c waiting time
@@ -67,8 +67,9 @@ class MDc:
         equations[-1] = 1.0  # in place of one that follows from the others
         wanted = np.zeros(size)
         wanted[-1] = 1.0
-        found: npt.NDArray[np.float64] = np.clip(np.linalg.solve(equations, wanted), 0.0, None)
-        return found / found.sum()
+        found = np.clip(np.linalg.solve(equations, wanted), 0.0, None)
+        probabilities: npt.NDArray[np.float64] = found / found.sum()
+        return probabilities
 
     def _num_states(self) -> int:
         """Queues decay as x**-i, x > 1 solving x**c = exp(offered (x - 1)): where that is _TAIL."""
@@ -145,7 +146,7 @@ def _poisson(mean: float, count: int) -> npt.NDArray[np.float64]:
     """P(k events), k = 0 .. count - 1."""
     k = np.arange(count, dtype=np.float64)
     if mean <= 0:
-        return (k == 0).astype(np.float64)
+        return np.where(k == 0, 1.0, 0.0)
     log_factorials = np.concatenate(([0.0], np.cumsum(np.log(k[1:]))))
     found: npt.NDArray[np.float64] = np.exp(k * math.log(mean) - mean - log_factorials)
     return found

@@ -16,6 +16,7 @@ from pdrelay.lab.report.gpu import gpu_figures
 from pdrelay.lab.report.interference import interference_rows
 from pdrelay.lab.report.page import render
 from pdrelay.lab.report.phases import phase_rows
+from pdrelay.lab.report.queues import queue_rows
 from pdrelay.lab.report.shapes import shape_rows
 from pdrelay.lab.report.streams import streams_rows
 from pdrelay.lab.report.topologies import topology_figures
@@ -50,6 +51,7 @@ def summarize(run: Run) -> Summary:
         ttft=ttft,
         ratios=ratios,
         traffic=traffic,
+        queues=queue_rows(run),
         interference=interference,
         shapes=shape_rows(run),
         streams=streams_rows(run),

@@ -60,6 +60,14 @@ class RatioRow(msgspec.Struct, kw_only=True):
     ratio: Estimate
 
 
+class Percentiles(msgspec.Struct, kw_only=True):
+    """Of a prediction, so without interval."""
+
+    p50: float | None = None
+    p90: float | None = None
+    p99: float | None = None
+
+
 class TrafficRow(msgspec.Struct, kw_only=True):
     """One offered load on one topology.
 
@@ -86,6 +94,33 @@ class TrafficRow(msgspec.Struct, kw_only=True):
     completed_rate: Estimate  # requests/s
     output_rate: Estimate  # tokens/s
     sustained: bool
+
+
+class QueueRow(msgspec.Struct, kw_only=True):
+    """The fixed load on one topology beside what a queue for prefill predicts (lab/queueing.py).
+
+    `model` names the queue; replicas have two rows, one for each way to share the load out. TTFTs
+    predicted are the idle one plus a percentile of the wait. `steady`: of the steady state.
+    `replayed`: of this run's own arrivals, sent through the same queue; None where the model says
+    nothing of single requests. None in `steady`: no steady state at this load.
+    """
+
+    topology: str
+    model: str
+    input_len: int
+    output_len: int
+    rate: float
+    num_servers: int  # of one queue
+    service_ms: float
+    service_source: str
+    idle_ttft: Estimate
+    utilisation: float
+    mean_wait_ms: float | None
+    steady: Percentiles
+    replayed: Percentiles
+    ttft: Estimate
+    ttft_p90: Estimate
+    ttft_p99: Estimate
 
 
 class Distribution(msgspec.Struct, kw_only=True):
@@ -318,6 +353,7 @@ class Summary(msgspec.Struct, kw_only=True):
     ttft: list[TtftRow]
     ratios: list[RatioRow]
     traffic: list[TrafficRow]
+    queues: list[QueueRow] = []
     interference: list[InterferenceRow]
     shapes: list[ShapeRow]
     streams: list[StreamsRow] = []

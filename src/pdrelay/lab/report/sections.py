@@ -17,6 +17,7 @@ from pdrelay.lab.report.figures import (
     TtftRow,
 )
 from pdrelay.lab.report.methodology import HANDOUT, METHODS
+from pdrelay.lab.report.queue_section import queue_table
 from pdrelay.lab.report.streams_section import streams_table
 from pdrelay.lab.stats import Estimate
 
@@ -202,6 +203,7 @@ def traffic_section(summary: Summary) -> Markup:
                 _traffic_table(summary, rows, f"Requests of one size: {workload}")
                 for workload, rows in _by_workload(summary, "fixed").items()
             ),
+            queue_table(summary),
         ]
     )
 

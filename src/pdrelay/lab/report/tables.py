@@ -7,6 +7,7 @@ from rich.table import Table
 
 from pdrelay.lab import fmt
 from pdrelay.lab.report.figures import Summary
+from pdrelay.lab.report.queue_section import HEAD, queue_cells
 
 FILE_WIDTH = 160  # columns, where the output is no terminal
 
@@ -19,7 +20,7 @@ def console() -> Console:
 
 def print_summary(summary: Summary, console: Console) -> None:
     """Verdict and one table an experiment."""
-    makers = (_ttft, _traffic, _interference, _shapes, _streams, _gpus)
+    makers = (_ttft, _traffic, _queues, _interference, _shapes, _streams, _gpus)
     for table in (make(summary) for make in makers):
         if table.row_count:
             console.print(table)
@@ -85,6 +86,13 @@ def _traffic(summary: Summary) -> Table:
             "yes" if row.sustained else "no",
         )
         add_row(table, *cells)
+    return table
+
+
+def _queues(summary: Summary) -> Table:
+    table = make_table("2 traffic, one size: TTFT beside a queue's, ms", *HEAD)
+    for row in summary.queues:
+        add_row(table, *queue_cells(summary, row))
     return table
 
 
