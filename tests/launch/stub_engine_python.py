@@ -26,12 +26,13 @@ RuntimeError: Engine core initialization failed. See root cause above. Failed co
 def main() -> int:
     if sys.argv[1] == "-c":
         engine, flags = sys.argv[3], sys.argv[5].split()
+        version = os.environ.get("STUB_VERSION", "0.32.0")
         facts = {
             "python": sys.version.split()[0],
-            "versions": {engine: os.environ.get("STUB_VERSION", "0.32.0")},
+            "versions": {engine: version},
             "torch_requirement": "",
             "torch_cuda": "",
-            "connectors": [],
+            "connectors": ["NixlConnector", *["P2pNcclConnector"] * version.startswith("0.23.")],
             "flags": flags[:1],
         }
         print(json.dumps(facts))

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from pdrelay.doctor.engine_probe import EngineFacts
 from pdrelay.errors import ConfigError
 from pdrelay.launch.config import EngineConfig, ServeConfig
 from pdrelay.launch.engine_version import engine_notes
@@ -63,20 +64,29 @@ def test_ports_are_kept_and_can_be_listened_on():
     ("engine", "version", "connector", "words"),
     [
         ("vllm", "0.23.0", "pdrelay", []),
-        ("vllm", "0.26.0rc1+cu130", "nixl", ["removed in 0.24"]),
+        ("vllm", "0.26.0rc1+cu130", "nixl", ["removed in 0.24", "has no nixl"]),
         ("vllm", "0.32.0", "", []),
         ("vllm", "0.33.1", "pdrelay", ["removed in 0.24"]),
         ("vllm", "0.22.1", "pdrelay", ["untested"]),
         ("vllm", "0.34.0", "pdrelay", ["untested", "removed in 0.24"]),
         ("vllm", "unknown", "", ["cannot be read"]),
+        ("sglang", "unknown", "nixl", ["cannot be read"]),
         ("sglang", "0.5.16", "nixl", []),
         ("sglang", "0.4.9", "nixl", ["untested"]),
     ],
 )
 def test_what_a_release_lacks(engine, version, connector, words):
-    notes = engine_notes(engine, version, connector)
+    old = version < "0.24" and engine == "vllm"
+    connectors = ("NixlConnector", "P2pNcclConnector") if old else ("NixlConnector",)
+    facts = EngineFacts("python", versions={engine: version}, connectors=connectors)
+    notes = engine_notes(engine, facts, connector)
     assert len(notes) == len(words)
     assert all(word in note for word, note in zip(words, notes, strict=True))
+
+
+def test_an_installed_nixl_is_not_missed():
+    facts = EngineFacts("python", versions={"vllm": "0.23.0", "nixl-cu13": "1.3.2"})
+    assert engine_notes("vllm", facts, "nixl") == []
 
 
 @pytest.mark.parametrize(

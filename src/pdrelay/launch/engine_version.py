@@ -32,25 +32,34 @@ def find_engine(python: str, engine: str) -> EngineFacts:
     return facts
 
 
-def engine_notes(engine: str, version: str, connector: str) -> list[str]:
+def engine_notes(engine: str, facts: EngineFacts, connector: str) -> list[str]:
     """What a user of this release has to know before it starts, one line each. `connector`: of
     P/D topologies, "" for others."""
     first, beyond = KNOWN[engine]
     known = f"{show_version(first)} up to, and without, {show_version(beyond)} are known"
+    version = facts.version_of(engine) or "unknown"
     found = parse_version(version)
+    notes = []
     if found is None:
-        return [f"the release of {engine} {version!r} cannot be read: {known}"]
-    notes = []
-    if not in_range(found, first, beyond):
+        notes.append(f"the release of {engine} {version!r} cannot be read: {known}")
+    elif not in_range(found, first, beyond):
         notes.append(f"{engine} {version} is untested: {known}")
-    return notes + (_vllm_notes(version, found, connector) if engine == "vllm" else [])
+    if engine == "vllm" and connector:
+        notes += _lacks(version, facts, connector)
+    return notes
 
 
-def _vllm_notes(version: str, found: Version, connector: str) -> list[str]:
+def _lacks(version: str, facts: EngineFacts, connector: str) -> list[str]:
+    """Of vLLM's own P/D."""
     notes = []
-    if connector and found >= (0, 24, 0):
+    if facts.connectors and "P2pNcclConnector" not in facts.connectors:
         notes.append(
             f"vLLM {version} has no P2pNcclConnector (removed in 0.24): --connector pdrelay "
             "replaces it"
+        )
+    if connector == "nixl" and not any(name.startswith("nixl") for name in facts.versions):
+        notes.append(
+            "this environment has no nixl, without which NixlConnector does not start: install it "
+            "there, or use --connector pdrelay"
         )
     return notes

@@ -107,7 +107,7 @@ def make_driver(
         api_key=secrets.token_urlsafe(24),
     )
     lines = [f"engine: {engine} {version} ({python})"]
-    lines += engine_notes(engine, version, resolved.transport)
+    lines += engine_notes(engine, facts, resolved.transport)
     lines += [f"{name}: {VARIABLE}={gpus}" for name, gpus in engine_plan.gpus.items()]
     return VllmDriver(engine_plan) if engine == "vllm" else SglangDriver(engine_plan), lines
 
