@@ -87,7 +87,8 @@ def start_load(d: Instance, params, prompt=PROMPT, blocks=D_BLOCKS, computed=0):
     return request
 
 
-def test_chunks_preemption_and_the_reply(pair, tmp_path):
+@pytest.mark.parametrize("resumed_as_new", [False, True], ids=["model runner V1", "V2"])
+def test_chunks_preemption_and_the_reply(pair, tmp_path, resumed_as_new):
     p, d = pair
     request = request_of("p", PROMPT, {"do_remote_decode": True, "pdrelay_transfer_id": "T"})
     assert p.scheduler.get_num_new_matched_tokens(request, 0) == (0, False)
@@ -97,7 +98,10 @@ def test_chunks_preemption_and_the_reply(pair, tmp_path):
     p.step()
     compute(p, P_BLOCKS[:1], -9)()
     again = [20, 21]
-    p.step(cached=[("p", again, 0, 32, True)], computes=compute(p, again, 1))
+    if resumed_as_new:
+        p.step(new=[("p", again, 0, 32)], computes=compute(p, again, 1))
+    else:
+        p.step(cached=[("p", again, 0, 32, True)], computes=compute(p, again, 1))
     p.step(cached=[("p", [22], 32, 8, False)], computes=compute(p, [22], 1))
     request.status.name = "FINISHED_LENGTH_CAPPED"
     delayed, reply = p.scheduler.request_finished(request, [20, 21, 22])
