@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from serve_rig import DEADLINE_S, ServeProcess, alive, until
 
+from pdrelay.launch.run_dir import remove_stale
+
 PROGRAM = str(Path(__file__).with_name("stub_front_door.py"))
 
 
@@ -45,6 +47,9 @@ def test_sigkill_of_the_front_door_takes_the_ranks(tmp_path):
         serve.process.wait(DEADLINE_S)
         assert len(serve.pids) == 2
         until(lambda: not any(alive(pid) for pid in serve.pids), "ranks die")
+        assert len(list(serve.temporary.iterdir())) == 1
+        remove_stale(serve.temporary)  # as the next server does
+        assert list(serve.temporary.iterdir()) == []
 
 
 @pytest.mark.parametrize("finishes", [True, False])
