@@ -68,6 +68,9 @@ class StubGpu:
     def __init__(self):
         self.calls = []
 
+    def make_current(self):
+        self.calls.append("current")
+
     def launched(self):
         return SimpleNamespace(wait=lambda: self.calls.append("wait"))
 
@@ -115,7 +118,7 @@ def test_a_plain_copy_between_gpus_is_one_run_that_is_waited_for(cuda, gpu):
     copy.copy(512)
     copy.close()
     assert gpu.calls == [
-        ("open", b"h", 4096), ("copy", (9000, 100, 512), None), "copied", ("close", 9000)
+        "current", ("open", b"h", 4096), ("copy", (9000, 100, 512), None), "copied", ("close", 9000)
     ]  # fmt: skip
 
 
@@ -123,5 +126,5 @@ def test_computation_on_a_gpu_announces_its_layer(cuda, gpu):
     cuda.create_pages(LAYOUT)
     cuda.compute(1, 3)
     mark = cuda.mark()
-    assert gpu.calls == [("written", 1)]
+    assert gpu.calls == ["current", ("written", 1)]
     assert mark() > 0 and gpu.calls[-1] == "wait"

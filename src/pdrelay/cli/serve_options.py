@@ -126,6 +126,13 @@ GROUPS: Mapping[str, Sequence[Option]] = {
             "NAME",
         ),
         Option(
+            "attention-backend",
+            choice("auto", "triton", "fa3"),
+            "what reads KV pages on GPUs: auto (default: triton), triton (own kernels), fa3 "
+            "(FlashAttention-3 of a vLLM that is installed beside pdrelay; Hopper)",
+            "NAME",
+        ),
+        Option(
             "load-format",
             choice("auto", "dummy"),
             "auto (default: safetensors; built-in shapes: dummy), dummy (seeded random weights)",
@@ -233,7 +240,13 @@ GROUPS: Mapping[str, Sequence[Option]] = {
 
 OPTIONS = [option for group in GROUPS.values() for option in group]
 _MODEL = Option("model", text, "the model")
-_NATIVE_ONLY = ("block_size", "max_num_seqs", "max_num_batched_tokens", "transport")
+_NATIVE_ONLY = (
+    "attention_backend",
+    "block_size",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "transport",
+)
 _EXTERNAL_ONLY = ("connector", "dispatch", "engine_args", "engine_python", "attach")
 _NESTED = (
     "engine",

@@ -97,11 +97,10 @@ class Measurement:
     def _round(self, block_size: int, repeats: range) -> Iterator[list[SampleRecord]]:
         config = self._config
         layout = layout_of(config, self._shape, block_size)
-        devices = ("cpu", "cpu") if config.device == "cpu" else ("cuda:0", "cuda:1")
         with Pair(
             layout,
             config.transports,
-            devices,
+            config.devices,
             timeout_s=config.timeout_s,
             log=config.out / "endpoints.log",
         ) as pair:

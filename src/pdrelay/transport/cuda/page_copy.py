@@ -104,6 +104,13 @@ class PageCopier:
             self._enqueue(source, target, ids, num_pages, num_ctas, chunk_bytes)
         return ids
 
+    def close(self) -> None:
+        """Free the lists of pages while their stream is alive: torch's pinned memory records an
+        event on the streams that it was used on when it is freed, and one that is destroyed by then
+        ends the process."""
+        self._ids.clear()
+        self._tensors.clear()
+
     def forget(self, address: int) -> None:
         """The pool at `address` is gone."""
         self._tensors.pop(address, None)

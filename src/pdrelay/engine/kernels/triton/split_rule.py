@@ -32,7 +32,7 @@ def pipeline_stages(num_splits: int, head_dim: int, itemsize: int) -> int:
     return max(_STAGES, min(_MOST_STAGES, _SHARED_BYTES // tile_bytes))
 
 
-def fills_waves(num_programs: int, num_sms: int) -> bool:
-    """Whether programs, one an SM at a time, leave a tenth of the SMs' time unused at most."""
+def fills_waves(num_programs: int, num_sms: int, least: float = 0.9) -> bool:
+    """Whether programs, one an SM at a time, use at least that part of the SMs' time."""
     waves = -(-num_programs // num_sms)
-    return 10 * num_programs >= 9 * waves * num_sms
+    return num_programs >= least * waves * num_sms
