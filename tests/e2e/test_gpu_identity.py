@@ -17,6 +17,7 @@ from gpu_harness import (
     DEADLINE_S,
     MODEL,
     NUM_GPUS,
+    REHEARSAL,
     START_S,
     complete,
     needs_gpu,
@@ -29,8 +30,8 @@ from serve_harness import Server
 
 pytestmark = needs_gpu
 
-OUTPUT = 130  # tokens: over two block boundaries
-NUM_CONCURRENT = 24
+OUTPUT = 16 if REHEARSAL else 130  # tokens: over two block boundaries
+NUM_CONCURRENT = 6 if REHEARSAL else 24
 NUM_TOP = 5
 # Nats. Logits are rounded to bfloat16: 1/32 apart from 4 to 8, where the likeliest of `tiny` lie.
 # Against float32 its log-probabilities are off by up to 0.035 (700 tokens); two roundings may be

@@ -13,9 +13,11 @@ import pytest
 from pdrelay.cli import main, parse
 from pdrelay.cli.kv import kv_config
 from pdrelay.lab.kv.config import KvConfig
-from pdrelay.lab.kv.measure import cells_of, rounds_of
+from pdrelay.lab.kv.measure import Measurement, cells_of, rounds_of
 from pdrelay.lab.kv.rundir import read_kv_run
+from pdrelay.lab.kv.wire import Up
 from pdrelay.launch.host import inspect_host
+from pdrelay.model.config import BUILT_IN
 
 KV_CONFIG = KvConfig(
     model="tiny",
@@ -191,3 +193,13 @@ def test_devices_by_the_number_of_gpus(num_gpus, second, tmp_path, monkeypatch):
     assert ("nccl" in config.transports) == (num_gpus == 2)
     assert ("--allow-oversubscribe" in config.serve.args) == (num_gpus == 1)
     assert ("own memory" in config.remark) == (num_gpus == 1)
+
+
+@pytest.mark.parametrize(("tokens", "seconds"), [(512, 0.0110), (2048, 0.0449), (8192, 0.202)])
+def test_on_a_gpu_the_stand_in_takes_as_long_as_prefill(tokens, seconds):
+    config = replace(KV_CONFIG, device="cuda", dtype="bfloat16", num_gpus=1)
+    shape = BUILT_IN["llama-3.1-8b"]
+    measurement = Measurement(config, shape, lambda *_: None, lambda _: None)
+    up = Up(unit_ns=25_000.0, flops_per_s=660e12)
+    layers = measurement._units(tokens, up) * shape.num_layers
+    assert layers * 25e-6 == pytest.approx(seconds, rel=0.05)

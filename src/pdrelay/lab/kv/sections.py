@@ -118,7 +118,8 @@ def transfers_section(summary: KvSummary) -> Markup:
                 "the first piece to the consumer knowing that all is there. Plain copy: the same "
                 "bytes, one piece, between the same two pools, in turn with the transfers; its "
                 f"best median is {fmt.number(peak)} GB/s. Layer by layer: each layer is sent after "
-                "a stand-in for its computation (matrix products, at most 30 ms a prompt)."
+                "a stand-in for its computation (matrix products, as long as prefill; on a CPU at "
+                "most 30 ms a prompt)."
             ),
             _plots(*charts),
             _transfers_table(summary),
