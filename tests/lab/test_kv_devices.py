@@ -14,6 +14,8 @@ from pdrelay.errors import TransportError
 from pdrelay.lab.kv import devices
 from pdrelay.lab.kv.cuda_device import Cuda
 from pdrelay.lab.kv.devices import Cpu, open_device
+from pdrelay.lab.kv.endpoint import _descriptor
+from pdrelay.lab.kv.wire import Setup
 from pdrelay.transport.base import Descriptor
 
 LAYOUT = KVLayout(
@@ -128,3 +130,21 @@ def test_computation_on_a_gpu_announces_its_layer(cuda, gpu):
     mark = cuda.mark()
     assert gpu.calls == ["current", ("written", 1)]
     assert mark() > 0 and gpu.calls[-1] == "wait"
+
+
+def test_without_shared_device_memory_only_what_needs_it_is_left_out():
+    class Refusing:
+        def descriptor(self):
+            raise TransportError("not between containers")
+
+    setup = Setup(
+        role="consumer",
+        device="cuda:0",
+        layout=LAYOUT,
+        transports=("tcp",),
+        timeout_s=1.0,
+        pool=b"",
+    )
+    assert _descriptor("mapped", Refusing(), setup) == Descriptor(b"")
+    with pytest.raises(TransportError, match="between containers"):
+        _descriptor("tcp", Refusing(), setup)
