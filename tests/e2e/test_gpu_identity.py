@@ -33,9 +33,9 @@ pytestmark = needs_gpu
 OUTPUT = 16 if REHEARSAL else 130  # tokens: over two block boundaries
 NUM_CONCURRENT = 6 if REHEARSAL else 24
 NUM_TOP = 5
-# Nats. Logits are rounded to bfloat16: 1/32 apart from 4 to 8, where the likeliest of `tiny` lie; on
-# a CPU it stays within this bound as well (engine/test_bf16_composition.py). Deeper models add up
-# more roundings.
+# Nats. Logits are rounded to bfloat16: 1/32 apart from 4 to 8, where the likeliest of `tiny` lie. A
+# CPU stays within this bound as well (engine/test_bf16_composition.py). Deeper models add up more
+# roundings.
 BOUND = 0.125 if MODEL == "tiny" else 0.5
 
 
