@@ -49,6 +49,7 @@ from pdrelay.engine.kernels.triton.launch import num_sms
 from pdrelay.engine.kernels.triton.linear_small import (
     LinearTuning,
     default_tuning,
+    gate_up_silu,
     linear_small,
     norm_gate_up_silu,
     norm_linear,
@@ -321,6 +322,40 @@ def checked(
         return relative_error(out, wanted())
 
     return error
+
+
+def bench_gate_up(bench: Bench) -> None:
+    """The gate_up layer with SiLU in it, several rows, beside cuBLAS and an activation kernel."""
+    pool = Pool()
+    n, k = SHAPES["gate_up"]
+    weights = pool.weights(n, k)
+    for rows in (2, 8, 16, 32, 64):
+        x, out = randn(rows, k), torch.empty(rows, n // 2, dtype=BF16, device=DEVICE)
+        case, size = f"M{rows} gate_up+silu", 2.0 * n * k
+
+        def separate(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+            return silu_mul(torch.mm(x, w.T), out, pdl=True)
+
+        apart: list[Call] = [functools.partial(separate, x, w, out) for w in weights]
+        bench.try_variant("gate_up", case, "*cublas, silu", apart, bytes=size)
+        wanted = functools.cache(functools.partial(separate, x, weights[0], torch.empty_like(out)))
+        default = default_tuning(rows, n // 2, k, paired=True)
+        for tuning in dict.fromkeys([default, *paired_variants()]):
+            calls: list[Call] = [
+                functools.partial(gate_up_silu, x, w, out, tuning=tuning, pdl=True) for w in weights
+            ]
+            variant = ("=" if tuning == default else "") + label(tuning)
+            error = checked(calls[0], out, wanted)
+            bench.try_variant("gate_up", case, variant, calls, bytes=size, error=error)
+
+
+def paired_variants() -> Iterator[LinearTuning]:
+    if SMOKE:
+        yield LinearTuning("dot", 16, 32, 4, 2)
+        return
+    grid = [(64, 256, 8, 3), (64, 128, 4, 4), (64, 128, 8, 4), (32, 256, 4, 4), (32, 128, 4, 6)]
+    for features, columns, warps, stages in grid:
+        yield LinearTuning("dot", features, columns, warps, stages)
 
 
 def bench_fused(bench: Bench) -> None:
@@ -748,6 +783,7 @@ class ChainStep:
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     "read": bench_read,
     "linear": bench_linear,
+    "gate_up": bench_gate_up,
     "fused": bench_fused,
     "decode": bench_decode,
     "chain": bench_chain,

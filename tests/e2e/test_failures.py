@@ -8,12 +8,15 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import aiohttp
 import pytest
 from serve_harness import Server, block_gauges
+
+from pdrelay.launch.run_dir import remove_stale
 
 PD = ["--prefill", "1", "--decode", "1"]
 
@@ -132,24 +135,45 @@ async def test_departed_clients_leave_nothing_behind(tmp_path):
         assert server.stop() == 0
 
 
-def leftovers():
-    return set(Path("/dev/shm").iterdir()) | set(Path("/tmp").glob("pdrelay*"))
+def files_of(*directories):
+    return {path for directory in directories for path in Path(directory).iterdir()}
 
 
-@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_nothing_is_left_behind(sig, tmp_path):
-    before = leftovers()
-    with Server(tmp_path, "tiny", *PD) as server:
-        workers = [pid for pid, _ in server.children()]
-        assert len(workers) >= 2
-        code = server.stop(sig)
-        assert code == (0 if sig != signal.SIGKILL else -signal.SIGKILL)
-        end = time.monotonic() + 20
-        while any(Path(f"/proc/{pid}").exists() for pid in workers):
-            assert time.monotonic() < end, "a worker outlived its server"
-            time.sleep(0.05)
-    if sig != signal.SIGKILL:
-        assert leftovers() == before
+@pytest.mark.parametrize(
+    ("sig", "level", "says"),
+    [
+        (signal.SIGTERM, "debug", {"DEBUG": True, "INFO": True}),
+        (signal.SIGINT, "warning", {"DEBUG": False, "INFO": False}),
+        (signal.SIGKILL, "info", {"DEBUG": False, "INFO": True}),
+    ],
+)
+def test_nothing_is_left_behind(sig, level, says, tmp_path, monkeypatch):
+    """And the ranks log at the level that the server was given."""
+    with tempfile.TemporaryDirectory(prefix="t") as temporary:  # short: it holds Unix sockets
+        monkeypatch.setenv("TMPDIR", temporary)
+        before = files_of("/dev/shm", temporary)
+        with Server(tmp_path, "tiny", *PD, "--log-level", level) as server:
+            workers = [pid for pid, _ in server.children()]
+            assert len(workers) >= 2
+            code = server.stop(sig)
+            assert code == (0 if sig != signal.SIGKILL else -signal.SIGKILL)
+            until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), "ranks end")
+        if sig == signal.SIGKILL:  # the next server's first act
+            assert len(files_of(temporary)) == 1
+            remove_stale(Path(temporary))
+        # what other programs have there for a moment goes
+        until(lambda: files_of("/dev/shm", temporary) <= before, "everything is removed")
+        for rank in ("prefill-0.0", "decode-0.0"):
+            for word, expected in says.items():
+                line = f"[{rank}] {word} pdrelay.engine.worker:"
+                assert (line in server.log_path.read_text()) == expected, line
+
+
+def until(condition, what, timeout_s=20.0):
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, f"never: {what}"
+        time.sleep(0.05)
 
 
 def serve_error(*args):

@@ -122,6 +122,7 @@ async def both_serve_and_are_idle(
     await d.until_idle(session)
 
 
+@pytest.mark.vllm_ci
 async def test_same_tokens_as_one_instance(pd, session):
     """48 prompts, shared prefixes, several chunks each, 6 at a time, both proxy modes."""
     p, d = pd
@@ -247,6 +248,7 @@ async def test_client_leaves_before_the_prefill(pd, session):
     await both_serve_and_are_idle(session, p, d, 81)
 
 
+@pytest.mark.vllm_ci
 async def test_client_leaves_in_mid_prefill(pd, session):
     p, d = pd
     transfer_id, prompt = uuid.uuid4().hex, prompt_of(82, LONG)
@@ -260,6 +262,7 @@ async def test_client_leaves_in_mid_prefill(pd, session):
     await both_serve_and_are_idle(session, p, d, 83)
 
 
+@pytest.mark.vllm_ci
 async def test_producers_client_leaves_in_mid_prefill(pd, session):
     p, d = pd
     transfer_id, prompt = uuid.uuid4().hex, prompt_of(84, LONG)
@@ -297,6 +300,7 @@ async def test_client_leaves_between_prefill_and_decode(pd, session):
     await both_serve_and_are_idle(session, p, d, 87)
 
 
+@pytest.mark.vllm_ci
 async def test_client_leaves_in_mid_decode(pd, session):
     p, d = pd
     transfer_id, prompt = uuid.uuid4().hex, prompt_of(88, 300)
@@ -326,6 +330,7 @@ async def test_both_leave_many_times(pd, session):
     await both_serve_and_are_idle(session, p, d, 220)
 
 
+@pytest.mark.vllm_ci
 async def test_producer_killed_in_mid_transfer(pd, session):
     """D fails what it waited for, serves on, and takes KV from the restarted producer."""
     p, d = pd

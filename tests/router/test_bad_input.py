@@ -174,16 +174,26 @@ async def test_paths_methods_and_sizes() -> None:
         assert (await front.post(COMPLETIONS, {"prompt": "x"}))[0] == 200
 
 
-async def raw(port: int, data: bytes, *, eof: bool = False) -> bytes:
-    """Send bytes; everything that comes back until the server closes, or nothing more does."""
+async def raw(port: int, data: bytes, *, eof: bool = False, size: int = 4096) -> bytes:
+    """Send bytes; what comes back first, or with size=-1 everything until the server closes."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(data)
     if eof:
         writer.write_eof()
     async with asyncio.timeout(WAIT_S):
-        reply = await reader.read(4096)
+        reply = await reader.read(size)
     writer.close()
     return reply
+
+
+def parsed(reply: bytes) -> tuple[int, dict]:
+    """Status and error object of a whole response."""
+    head, _, body = reply.partition(b"\r\n\r\n")
+    status_line, *lines = head.decode().split("\r\n")
+    headers = dict(line.lower().split(": ", 1) for line in lines)
+    assert int(headers["content-length"]) == len(body)
+    assert headers["content-type"].startswith("application/json")
+    return int(status_line.split()[1]), json.loads(body)["error"]
 
 
 @pytest.mark.parametrize(
@@ -192,6 +202,7 @@ async def raw(port: int, data: bytes, *, eof: bool = False) -> bytes:
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
         b"GET\r\n\r\n",
         b"GET / HTTP/9.9\r\n\r\n",
+        b"\r\n\x00\xff\r\n\r\n",
         b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
         b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: x\r\n\r\n",
         b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n"
@@ -204,15 +215,18 @@ async def raw(port: int, data: bytes, *, eof: bool = False) -> bytes:
 )
 async def test_malformed_http(data) -> None:
     async with front_door(REPLICA) as front:
-        reply = await raw(front.port, data)
-        assert reply.startswith((b"HTTP/1.1 400", b"HTTP/1.0 400", b"HTTP/1.1 404")), reply[:200]
+        status, error = parsed(await raw(front.port, data, size=-1))
+        assert status == 400
+        assert (error["code"], error["type"]) == ("malformed_http", "invalid_request_error")
+        assert error["message"].startswith("malformed HTTP request: ")
+        assert "\n" not in error["message"] and len(error["message"]) < 300
         assert (await front.get("/health"))[0] == 200
 
 
 async def test_truncated_body_is_given_up() -> None:
     async with front_door(REPLICA) as front:
         head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n"
-        await raw(front.port, head + b'{"prompt": "x"', eof=True)
+        assert await raw(front.port, head + b'{"prompt": "x"', eof=True) == b""  # it has left
         assert (await front.get("/health"))[0] == 200
         front.assert_idle()
 

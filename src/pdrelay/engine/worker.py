@@ -5,6 +5,7 @@ Run as `python -m pdrelay.engine.worker` by the launcher, with the configuration
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -24,7 +25,7 @@ from pdrelay.core.kv_layout import KVLayout
 from pdrelay.core.messages import Fatal, Ready, Role, ToWorker
 from pdrelay.core.rank_config import RankConfig, read_rank_config
 from pdrelay.core.scheduler import Scheduler, SchedulerConfig
-from pdrelay.core.time_slice import request_short_slices
+from pdrelay.core.time_slice import SHORT_SLICE_NS, request_short_slices
 from pdrelay.engine.batch import BatchInput
 from pdrelay.engine.communicator import Communicator, connect_ranks
 from pdrelay.engine.consumer import Consumer
@@ -56,6 +57,7 @@ from pdrelay.transport.pages import SharedPages
 from pdrelay.transport.registry import TransportOptions, create_transport
 
 _TP_TIMEOUT_S = 60.0
+_log = logging.getLogger("pdrelay.engine.worker")  # not __name__, which is __main__ here
 
 
 @dataclass
@@ -242,7 +244,7 @@ def lead(config: RankConfig, control: Channel[ToWorker]) -> None:
         remote_of=None if producer is None else producer.remote_store,
     )
     settle_heap()
-    print(f"start-up: {rank.startup}", flush=True)
+    _log.info("start-up: %s", rank.startup)
     control.send(_ready(rank))
     try:
         loop.run()
@@ -322,13 +324,20 @@ def _follower_main(config: RankConfig) -> int:
     return 0
 
 
+def configure_logging(level: str) -> None:
+    """To standard error, which the front door passes on with the time's and the rank's prefix."""
+    logging.basicConfig(level=level.upper(), format="%(levelname)s %(name)s: %(message)s")
+
+
 def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front door decides when to stop
     config = read_rank_config(sys.stdin.buffer)
+    configure_logging(config.log_level)
+    _log.debug("%s", config)
     if config.device == "cpu":
         # A decode step must not wait behind a prefill. Prefill ranks too: what they give up when
         # they yield between tiles (kernels/cpu.c) is the rest of a slice, so it must be short.
-        request_short_slices()
+        request_short_slices(SHORT_SLICE_NS)
     torch.set_num_threads(config.num_threads)
     torch.manual_seed(config.seed)
     if config.rank > 0:

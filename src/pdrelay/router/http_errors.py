@@ -35,6 +35,10 @@ class MethodNotAllowedError(RequestError):
     code = "method_not_allowed"
 
 
+class MalformedHttpError(InvalidRequestError):
+    code = "malformed_http"
+
+
 class SlowBodyError(RequestError):
     status = 408
     code = "request_timeout"

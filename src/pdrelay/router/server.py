@@ -8,6 +8,7 @@ from typing import Any
 from aiohttp import web
 
 from pdrelay.router.config import RouterConfig
+from pdrelay.router.malformed import JsonErrorServer
 
 
 def runner_options(config: RouterConfig) -> dict[str, Any]:
@@ -28,4 +29,15 @@ def runner_options(config: RouterConfig) -> dict[str, Any]:
 
 
 def make_runner(app: web.Application, config: RouterConfig) -> web.AppRunner:
-    return web.AppRunner(app, **runner_options(config))
+    return _Runner(app, **runner_options(config))
+
+
+class _Runner(web.AppRunner):
+    """An AppRunner whose server answers malformed HTTP in JSON.
+
+    aiohttp has no setting for it, so this relies on `_make_server`, seen in 3.10 to 3.14. Should
+    it go, such requests are answered by aiohttp's own plain text again.
+    """
+
+    async def _make_server(self) -> web.Server:
+        return JsonErrorServer.like(await super()._make_server())

@@ -113,7 +113,7 @@ class LlamaForCausalLM:
         eps, communicator = self._config.rms_norm_eps, self._communicator
         h = communicator.all_reduce_add_rms_norm(x, residual, norm, eps)
         if h is not None:
-            return self._ops.silu_mul(gate_up(h)), residual
+            return self._ops.gate_up_silu(h, gate_up), residual
         x = communicator.all_reduce_(x)
         return self._ops.norm_gate_up(x, residual, norm, eps, gate_up)
 

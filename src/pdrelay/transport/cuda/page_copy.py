@@ -53,11 +53,12 @@ class _Ids:
     """A list of pages: written here by the host, read by one launch at a time."""
 
     def __init__(self, num_ids: int, device: torch.device) -> None:
-        self.host = torch.empty(num_ids, dtype=torch.int32, pin_memory=device.type == "cuda")
+        with torch.inference_mode(False):  # an engine's thread makes it, others may write to it
+            self.host = torch.empty(num_ids, dtype=torch.int32, pin_memory=device.type == "cuda")
+            self.device = (
+                self.host if device.type == "cpu" else torch.empty_like(self.host, device=device)
+            )
         self.array: npt.NDArray[np.int32] = self.host.numpy()
-        self.device = (
-            self.host if device.type == "cpu" else torch.empty_like(self.host, device=device)
-        )
         self.busy: Event | None = None  # behind the launch that reads it
 
     def free(self) -> bool:
