@@ -36,6 +36,10 @@ def test_servers_on_gpus_get_sizes_rates_and_limits_of_their_own():
     assert read("--scale", "cpu", "--device", "cuda").scale == FULL
     given = read("--scale", "gpu", "--max-model-len", "9000", "--gpu-memory-utilization", "0.5")
     assert given.serve_args == ("--max-model-len", "9000", "--gpu-memory-utilization", "0.5")
+    shared = read("--device", "cpu", "--kv-cache-memory", "2GiB", "--allow-oversubscribe")
+    assert shared.serve_args == (
+        "--device", "cpu", "--kv-cache-memory", str(2 << 30), "--allow-oversubscribe"
+    )  # fmt: skip
 
 
 def test_the_scale_follows_the_gpus_that_are_there(monkeypatch):
@@ -91,6 +95,7 @@ def test_everything_at_once(tmp_path):
         (["--experiments", ","], "--experiments"),
         (["--cases", "fixd", "--dry-run"], "names no case"),
         (["--scale", "gpus"], "--scale"),
+        (["--kv-cache-memory", "0"], "--kv-cache-memory"),
         (["--repeats", "0"], "--repeats"),
         (["--repeats", "two"], "--repeats"),
         (["--seed", "-1"], "--seed"),
@@ -146,3 +151,17 @@ def test_report_of_no_run_is_one_line(tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "is not a run directory" in error
+
+
+def test_an_export_holds_what_documents_quote(run_dir, tmp_path, capsys):
+    copy, to = tmp_path / "run", tmp_path / "results" / "2030-01-01-lab"
+    shutil.copytree(run_dir, copy)
+    assert main(["report", "--quiet", "--export", str(to), str(copy)]) == 0
+    assert f"exported: {to}" in capsys.readouterr().out
+    assert sorted(path.name for path in to.iterdir()) == [
+        "environment.json", "run.json", "summary.json"
+    ]  # fmt: skip
+    summary = json.loads((to / "summary.json").read_bytes())
+    assert summary["verdict"]["headline"]
+    assert main(["report", "--quiet", "--export", str(to), str(copy)]) == 2
+    assert "not empty" in capsys.readouterr().err

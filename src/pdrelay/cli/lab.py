@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pdrelay.cli.options import (
     Option,
     add_options,
+    byte_count,
     choice,
     integer,
     number,
@@ -163,6 +164,13 @@ GROUPS: Mapping[str, Sequence[Option]] = {
             "X",
         ),
         Option(
+            "kv-cache-memory",
+            byte_count,
+            "KV pool of each rank, such as 16GiB; give it where instances of vllm share a GPU: "
+            "either takes what the other loads meanwhile for its own",
+            "BYTES",
+        ),
+        Option(
             "allow-oversubscribe",
             switch,
             "more ranks than cores (GPUs): their latencies mean little",
@@ -170,7 +178,14 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         ),
     ],
 }
-_TO_SERVERS = ("device", "dtype", "load_format", "max_model_len", "gpu_memory_utilization")
+_TO_SERVERS = (
+    "device",
+    "dtype",
+    "load_format",
+    "max_model_len",
+    "gpu_memory_utilization",
+    "kv_cache_memory",
+)
 _TRACE_ONLY = ("time_scale", "max_input_len", "max_output_len", "trace_duration")
 
 
