@@ -92,6 +92,23 @@ async def test_a_run_fills_every_section_and_the_report_builds(tmp_path):
     assert not any(record.status == "failed" for record in busy.streams)
 
 
+async def test_rates_that_the_scale_names_need_no_capacity(tmp_path):
+    """As on GPUs, where runs on different engines are to be offered the same load."""
+    scale = dataclasses.replace(TINY, rates=(30.0, 60.0), rate_fractions=(), synthetic_trace_s=0.0)
+    chosen = config(tmp_path, scale=scale, experiments=("traffic", "interference"))
+    info = await run_lab(chosen, FakeLauncher(), SilentReporter())
+    assert info.notes == [] and info.capacity_rps is None
+    summary = build_report(tmp_path / "run").summary
+    rows = [row for row in summary.traffic if row.topology == "pd-1-1"]
+    assert [(row.kind, row.rate) for row in rows] == [
+        ("fixed", 40.0), ("poisson", 30.0), ("poisson", 60.0)
+    ]  # fmt: skip
+    assert all(row.rate_fraction is None and row.attainment.known for row in rows)
+    assert any(each.rule == "goodput" for each in summary.verdict.sentences)
+    assert {row.topology for row in summary.queues} == {"replicas-2", "pd-1-1"}
+    assert not (tmp_path / "run" / "synthetic_trace.csv").exists()
+
+
 async def test_topologies_get_the_same_traffic(tmp_path):
     launcher = FakeLauncher()
     chosen = config(tmp_path, experiments=("ttft", "traffic"))

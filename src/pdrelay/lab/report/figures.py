@@ -175,6 +175,7 @@ class StreamsRow(msgspec.Struct, kw_only=True):
     """`num_streams` requests of one size, sent together, on one topology.
 
     ITL is of the gaps within which at least `FULL_SHARE` of the streams decode (report/streams.py).
+    `hand_over` as in TtftRow: TTST less TTFT less an ordinary gap.
     """
 
     topology: str
@@ -184,6 +185,7 @@ class StreamsRow(msgspec.Struct, kw_only=True):
     ttft: Estimate
     itl: Estimate
     itl_p99: Estimate
+    hand_over: Estimate
     output_rate: Estimate  # tokens/s while that many decode
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from pdrelay.lab.report.figures import FULL_SHARE, StreamsRow
-from pdrelay.lab.report.samples import by_repeat, group_by_case, ttft
+from pdrelay.lab.report.samples import by_repeat, group_by_case, hand_over, ttft
 from pdrelay.lab.rundir import STREAMS_CASE, Case, Run
 from pdrelay.lab.stats import percentile_estimate, repeats_estimate
 
@@ -87,5 +87,6 @@ def _row(name: str, cases: Sequence[Case]) -> StreamsRow:
         ttft=percentile_estimate(by_repeat(cases, ttft)),
         itl=percentile_estimate(gaps),
         itl_p99=percentile_estimate(gaps, 99),
+        hand_over=percentile_estimate(by_repeat(cases, hand_over)),
         output_rate=repeats_estimate(_token_rates(cases)),
     )

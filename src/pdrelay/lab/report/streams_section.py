@@ -19,12 +19,14 @@ def streams_table(summary: Summary) -> Markup:
             row.itl.n,
             fmt.estimate(row.itl),
             fmt.estimate(row.itl_p99) if row.itl_p99.known else row.itl_p99.note,
+            fmt.estimate(row.hand_over),
             fmt.estimate(row.output_rate),
             fmt.estimate(row.ttft),
         ]
         for row in summary.streams
     ]
-    head = ["topology", "streams", "in/out", "gaps", "ITL p50, ms", "p99", "tok/s", "TTFT p50, ms"]
+    head = ["topology", "streams", "in/out", "gaps", "ITL p50, ms", "p99", "hand-over, ms", "tok/s"]
+    head.append("TTFT p50, ms")
     return table(
         head,
         rows,

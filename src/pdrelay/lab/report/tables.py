@@ -145,7 +145,7 @@ def _shapes(summary: Summary) -> Table:
 def _streams(summary: Summary) -> Table:
     table = make_table(
         "4 shapes, many streams at once",
-        *("topology", "streams", "in/out", "ITL p50, ms", "ITL p99", "tok/s"),
+        *("topology", "streams", "in/out", "ITL p50, ms", "ITL p99", "hand-over", "tok/s"),
     )
     for row in summary.streams:
         cells = (
@@ -154,6 +154,7 @@ def _streams(summary: Summary) -> Table:
             f"{row.input_len}/{row.output_len}",
             fmt.estimate(row.itl),
             fmt.number(row.itl_p99.value) if row.itl_p99.known else row.itl_p99.note,
+            fmt.estimate(row.hand_over),
             fmt.estimate(row.output_rate),
         )
         add_row(table, *cells)
