@@ -35,6 +35,9 @@ import torch
 import triton
 import triton.language as tl
 
+from pdrelay.engine.attention import AttentionShape
+from pdrelay.engine.attention.fa3 import Fa3Paged, load_fa3
+from pdrelay.engine.kernels.gpu import gathered_prefill
 from pdrelay.engine.kernels.triton.activation import silu_mul
 from pdrelay.engine.kernels.triton.attention_decode import (
     DecodeWorkspace,
@@ -46,6 +49,7 @@ from pdrelay.engine.kernels.triton.launch import num_sms
 from pdrelay.engine.kernels.triton.linear_small import (
     LinearTuning,
     default_tuning,
+    gate_up_silu,
     linear_small,
     norm_gate_up_silu,
     norm_linear,
@@ -53,6 +57,7 @@ from pdrelay.engine.kernels.triton.linear_small import (
 from pdrelay.engine.kernels.triton.norm import add_rms_norm
 from pdrelay.engine.kernels.triton.rope import rope_write_kv
 from pdrelay.engine.kernels.triton.sample import ArgmaxWorkspace, argmax_rows, draw_rows
+from pdrelay.errors import LaunchError
 
 DEVICE = torch.device("cpu" if SMOKE or COMPILING else "cuda")
 BF16 = torch.bfloat16
@@ -319,6 +324,40 @@ def checked(
     return error
 
 
+def bench_gate_up(bench: Bench) -> None:
+    """The gate_up layer with SiLU in it, several rows, beside cuBLAS and an activation kernel."""
+    pool = Pool()
+    n, k = SHAPES["gate_up"]
+    weights = pool.weights(n, k)
+    for rows in (2, 8, 16, 32, 64):
+        x, out = randn(rows, k), torch.empty(rows, n // 2, dtype=BF16, device=DEVICE)
+        case, size = f"M{rows} gate_up+silu", 2.0 * n * k
+
+        def separate(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+            return silu_mul(torch.mm(x, w.T), out, pdl=True)
+
+        apart: list[Call] = [functools.partial(separate, x, w, out) for w in weights]
+        bench.try_variant("gate_up", case, "*cublas, silu", apart, bytes=size)
+        wanted = functools.cache(functools.partial(separate, x, weights[0], torch.empty_like(out)))
+        default = default_tuning(rows, n // 2, k, paired=True)
+        for tuning in dict.fromkeys([default, *paired_variants()]):
+            calls: list[Call] = [
+                functools.partial(gate_up_silu, x, w, out, tuning=tuning, pdl=True) for w in weights
+            ]
+            variant = ("=" if tuning == default else "") + label(tuning)
+            error = checked(calls[0], out, wanted)
+            bench.try_variant("gate_up", case, variant, calls, bytes=size, error=error)
+
+
+def paired_variants() -> Iterator[LinearTuning]:
+    if SMOKE:
+        yield LinearTuning("dot", 16, 32, 4, 2)
+        return
+    grid = [(64, 256, 8, 3), (64, 128, 4, 4), (64, 128, 8, 4), (32, 256, 4, 4), (32, 128, 4, 6)]
+    for features, columns, warps, stages in grid:
+        yield LinearTuning("dot", features, columns, warps, stages)
+
+
 def bench_fused(bench: Bench) -> None:
     """RMSNorm in front (and SiLU behind) of one row's layers."""
     pool = Pool()
@@ -490,6 +529,118 @@ def bench_prefill(bench: Bench) -> None:
         )
 
 
+def installed_fa3(bench: Bench) -> Fa3Paged | None:
+    """FlashAttention-3 of an installed vLLM; without it a failure is noted."""
+    if SMOKE or COMPILING:
+        return None
+    try:
+        return load_fa3(AttentionShape(HEADS, KV_HEADS, DIM), BF16, DEVICE)
+    except LaunchError as error:
+        bench.failures.append(f"paged: {error}")
+        return None
+
+
+def bench_paged(bench: Bench) -> None:
+    """Attention over pages as the engine calls it, beside FlashAttention-3 on the same pages."""
+    fa3 = installed_fa3(bench)
+    paged_decode_rows(bench, fa3)
+    paged_chunk_rows(bench, fa3)
+    fresh_rows(bench, fa3)
+
+
+def paged_decode_rows(bench: Bench, fa3: Fa3Paged | None) -> None:
+    batches, contexts = ((2,), (64,)) if SMOKE else ((1, 32, 64), (512, 2048, 8192))
+    kv = pages(64 * BLOCK if SMOKE else 64 * 8192)
+    workspace = DecodeWorkspace(max(batches), HEADS, DIM, DEVICE)
+    for batch, context in itertools.product(batches, contexts):
+        width, size = context // BLOCK, batch * context * KV_HEADS * DIM * 4.0
+        sets = max(1, min(32, int(ROTATED_BYTES // size) + 1, kv.shape[0] // (batch * width)))
+        order = torch.randperm(kv.shape[0])[: sets * batch * width].to(DEVICE, torch.int32)
+        # As wide as in a decode graph: of the longest request there may be.
+        tables = torch.zeros(
+            (sets, batch, 8 * width if SMOKE else 8192 // BLOCK), dtype=torch.int32, device=DEVICE
+        )
+        tables[:, :, :width] = order.view(sets, batch, width)
+        lens = torch.full((batch,), context, dtype=torch.int32, device=DEVICE)
+        q = randn(batch, HEADS * DIM)
+        out = torch.empty_like(q)
+        wanted = functools.cache(
+            functools.partial(decode_reference, q, kv, tables[0, :, :width], context)
+        )
+        splits = split_rule(batch, KV_HEADS, tables.shape[2] * BLOCK, num_sms(DEVICE))
+        for name in ("triton", "*fa3"):
+            calls: list[Call] = []
+            if name == "triton":
+                options = {"num_splits": splits, "pdl": not SMOKE}
+                calls = [
+                    functools.partial(
+                        paged_decode, q, kv, t, lens, DIM**-0.5, out, workspace, **options
+                    )
+                    for t in tables
+                ]
+            elif fa3 is not None:
+                calls = [
+                    functools.partial(fa3.paged_decode, q, kv, t, lens, DIM**-0.5, out, 0)
+                    for t in tables
+                ]
+            if calls:
+                case, error = f"B{batch} ctx{context}", checked(calls[0], out, wanted)
+                bench.try_variant("paged", case, name, calls, bytes=size, error=error)
+
+
+def paged_chunk_rows(bench: Bench, fa3: Fa3Paged | None) -> None:
+    """Chunks behind cached tokens. `gathered` is what the engine takes."""
+    cases = ((32, 64),) if SMOKE else ((512, 512), (2048, 2048), (512, 7680), (2048, 6144))
+    for rows, context in cases:
+        kv, q = pages(2 * (rows + context)), randn(rows, HEADS * DIM)
+        width = (rows + context) // BLOCK
+        table = torch.randperm(kv.shape[0])[:width].to(DEVICE, torch.int32)
+        out = torch.empty_like(q)
+        wanted = functools.cache(
+            functools.partial(attention_reference, q[-1], kv, table, rows + context)
+        )
+        arguments = (q, kv, table, context, DIM**-0.5, out)
+        ways: dict[str, Call] = {"triton": functools.partial(paged_prefill, *arguments)}
+        if not SMOKE:
+            ways["*gathered"] = functools.partial(gathered_prefill, *arguments)
+        if fa3 is not None:
+            ways["*fa3"] = functools.partial(fa3.paged_prefill, *arguments)
+        flop = 4.0 * HEADS * DIM * rows * (context + (rows + 1) / 2)
+        for name, call in ways.items():
+            error = checked(call, out[-1], wanted)
+            case = f"{rows} on {rows + context}"
+            bench.try_variant("paged", case, name, [call] * 4, flop=flop, error=error)
+
+
+def fresh_rows(bench: Bench, fa3: Fa3Paged | None) -> None:
+    """Whole prompts: cuDNN and FlashAttention-2 on the projection, FA3 on the pages."""
+    for rows in () if SMOKE or COMPILING else (512, 2048, 8192):
+        kv, q = pages(2 * rows), randn(rows, HEADS * DIM)
+        table = torch.randperm(kv.shape[0])[: rows // BLOCK].to(DEVICE, torch.int32)
+        keys, values = kv[table.long()].transpose(0, 1).flatten(1, 2).transpose(1, 2).contiguous()
+        heads = q.view(1, rows, HEADS, DIM).transpose(1, 2)
+        out = torch.empty_like(q)
+        wanted = functools.cache(functools.partial(attention_reference, q[-1], kv, table, rows))
+
+        def of_torch(op: Any, *more: Any, to: torch.Tensor = out, **args: Any) -> torch.Tensor:
+            result = op(*more, scale=DIM**-0.5, **args)[0]
+            return to.copy_(result[0].transpose(0, 1).flatten(1))
+
+        aten, both = torch.ops.aten, (heads, keys[None], values[None])
+        cudnn = aten._scaled_dot_product_cudnn_attention
+        flash = aten._scaled_dot_product_flash_attention
+        ways: dict[str, Call] = {
+            "*cudnn": functools.partial(of_torch, cudnn, *both, None, False, 0.0, True, False),
+            "*fa2": functools.partial(of_torch, flash, *both, 0.0, True, False),
+        }
+        if fa3 is not None:
+            ways["*fa3"] = functools.partial(fa3.paged_prefill, q, kv, table, 0, DIM**-0.5, out)
+        flop = 2.0 * HEADS * DIM * rows * (rows + 1)
+        for name, call in ways.items():
+            error = checked(call, out[-1], wanted)
+            bench.try_variant("paged", f"{rows} fresh", name, [call] * 4, flop=flop, error=error)
+
+
 def bench_sample(bench: Bench) -> None:
     for batch in (1, 2) if SMOKE else (1, 32):
         case, logits = f"B{batch}", randn(batch, VOCAB)
@@ -632,12 +783,14 @@ class ChainStep:
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     "read": bench_read,
     "linear": bench_linear,
+    "gate_up": bench_gate_up,
     "fused": bench_fused,
     "decode": bench_decode,
     "chain": bench_chain,
     "pointwise": bench_pointwise,
     "prefill": bench_prefill,
     "sample": bench_sample,
+    "paged": bench_paged,
 }
 TABLES = {"pointwise": ("norm", "silu", "rope"), "sample": ("argmax", "draw")}
 

@@ -424,7 +424,7 @@ def copying(device: Any, way: str, **options: Any) -> Iterator[None]:
     finally:
         device.page_copies, device.page_copy_ctas, device._batch = before
         if launch is not None:
-            device._copier.launch = launch
+            vars(device._copier).pop("launch", None)  # the method of its class again
 
 
 def compare_ways(bench: Bench, repeats: int, peak: float) -> None:

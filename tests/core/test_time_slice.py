@@ -6,7 +6,7 @@ import sys
 
 PROGRAM = """
 import subprocess, sys
-from pdrelay.core.time_slice import request_short_slices
+from pdrelay.core.time_slice import SHORT_SLICE_NS, request_short_slices
 
 def slice_ns():
     with open("/proc/self/sched") as file:
@@ -16,7 +16,7 @@ def slice_ns():
     return None
 
 before = slice_ns()
-taken = request_short_slices()
+taken = request_short_slices(SHORT_SLICE_NS)
 child = "print([l.split(':')[1] for l in open('/proc/self/sched') if l.startswith('se.slice')])"
 out = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True).stdout
 print(taken, before, slice_ns(), out.strip())
@@ -38,7 +38,7 @@ def test_the_request_is_taken_or_refused_but_never_raises():
 
 
 def test_other_machines_are_left_alone(monkeypatch):
-    from pdrelay.core.time_slice import request_short_slices
+    from pdrelay.core.time_slice import SHORT_SLICE_NS, request_short_slices
 
     monkeypatch.setattr(platform, "machine", lambda: "pdp11")
-    assert request_short_slices() is False
+    assert request_short_slices(SHORT_SLICE_NS) is False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,6 +24,7 @@ from pdrelay.doctor.checks_host import (
     check_shm,
 )
 from pdrelay.doctor.engine_probe import (
+    STREAM_FLAGS,
     EngineFacts,
     parse_answer,
     pinned_version,
@@ -337,6 +339,23 @@ def test_probe_of_this_python():
     assert not facts.error and facts.python == sys.version.split()[0]
     assert parse_answer("x", "noise\n").error
     assert probe_engine("/nowhere/python", "vllm").error == "No such file or directory"
+
+
+def test_probe_of_packages_that_no_distribution_brought(tmp_path, monkeypatch):
+    options = tmp_path / "sglang" / "srt" / "server_args.py"
+    options.parent.mkdir(parents=True)
+    (tmp_path / "sglang" / "__init__.py").touch()
+    options.write_text(f'parser.add_argument("{STREAM_FLAGS[1]}", action="store_true")')
+    factory = tmp_path / "vllm" / "distributed" / "kv_transfer" / "kv_connector" / "factory.py"
+    factory.parent.mkdir(parents=True)
+    (tmp_path / "vllm" / "__init__.py").touch()
+    factory.write_text('KVConnectorFactory.register_connector(\n    "NixlConnector", "nixl", "N")')
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    sglang = probe_engine(sys.executable, "sglang")
+    assert (sglang.version_of("sglang"), sglang.flags) == ("unknown", STREAM_FLAGS[1:])
+    vllm = probe_engine(sys.executable, "vllm")
+    assert (vllm.version_of("vllm"), vllm.connectors) == ("unknown", ("NixlConnector",))
+    assert vllm.version_of("sglang") is None
 
 
 def test_probe_has_a_deadline(tmp_path):

@@ -121,10 +121,12 @@ def test_split_rule_of_the_8b_shape():
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_the_pipeline_fits_shared_memory(head_dim):
     for num_splits in (1, 2, 32):
-        stages = pipeline_stages(num_splits, head_dim, 2)
+        stages = pipeline_stages(8, num_splits, head_dim, 2, 132)
         assert stages >= 3
         assert stages * 2 * 64 * head_dim * 2 <= 227 << 10
-    assert pipeline_stages(1, 128, 2) == 7 and pipeline_stages(8, 128, 2) == 3
+    assert pipeline_stages(32 * 8, 1, 128, 2, 132) == 7
+    assert pipeline_stages(64 * 8, 1, 128, 2, 132) == 2
+    assert pipeline_stages(64, 8, 128, 2, 132) == 3
 
 
 def test_waves():

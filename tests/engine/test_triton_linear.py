@@ -8,6 +8,7 @@ from pdrelay.engine.kernels.triton.linear_small import (
     LinearTuning,
     beats_cublas,
     default_tuning,
+    gate_up_beats_cublas,
     gate_up_silu,
     linear_small,
     norm_gate_up_silu,
@@ -111,7 +112,6 @@ def test_default_tuning_is_one_the_kernels_take(num_rows, out_features, in_featu
     for size in (tuning.features, tuning.columns, tuning.warps):
         assert size & (size - 1) == 0
     paired = default_tuning(num_rows, out_features, in_features, paired=True)
-    assert paired.features <= tuning.features
     for kind, lines in ((tuning, tuning.features), (paired, 2 * paired.features)):
         if kind.kernel == "dot":
             rows = max(16, 1 << (num_rows - 1).bit_length())
@@ -123,7 +123,11 @@ def test_default_tuning_is_one_the_kernels_take(num_rows, out_features, in_featu
 def test_default_tuning_computes():
     for num_rows in (1, 4, 17, 40):
         x, weight = randn(num_rows, 256), randn(32, 256, seed=1)
-        assert relative_error(linear_small(x, weight), x.double() @ weight.double().T) < 5e-3
+        wanted = x.double() @ weight.double().T
+        assert relative_error(linear_small(x, weight), wanted) < 5e-3
+        gate, up = wanted.chunk(2, dim=-1)
+        silu = torch.nn.functional.silu(gate) * up
+        assert relative_error(gate_up_silu(x, weight), silu) < 5e-3
 
 
 def test_the_8b_shapes_that_take_the_dot_kernel():
@@ -131,3 +135,5 @@ def test_the_8b_shapes_that_take_the_dot_kernel():
     for out_features in (4096, 28672, 128256):
         assert beats_cublas(8, out_features, 132)
     assert not beats_cublas(8, 6144, 132) and beats_cublas(1, 6144, 132)
+    assert gate_up_beats_cublas(64, 14336, 132) and gate_up_beats_cublas(2, 14336 // 2, 132)
+    assert not gate_up_beats_cublas(8, 12288, 132) and gate_up_beats_cublas(1, 12288, 132)

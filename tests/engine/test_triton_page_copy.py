@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import select
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -218,3 +219,10 @@ def test_lists_of_pages_in_use_are_not_overwritten():
     assert second is not first and np.array_equal(first.array[:2], kept)
     first.busy.reached = True
     assert copier.launch(pool, pool, [PageMove(0, BlockPairs([3], [3]))]) is first
+
+
+def test_a_closed_copier_holds_no_page_lists_whoever_holds_it():
+    copier = PageCopier(None)
+    lists = [weakref.ref(ids) for ids in copier._ids]
+    copier.close()
+    assert lists and all(ref() is None for ref in lists)

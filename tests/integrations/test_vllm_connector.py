@@ -1,4 +1,4 @@
-"""PdrelayConnector's own code over stubs of vLLM: both halves of both sides, in both API ages."""
+"""PdrelayConnector's own code over stubs of vLLM: both halves of both sides."""
 
 from __future__ import annotations
 
@@ -22,23 +22,20 @@ WAIT_S = 20.0
 class Instance:
     """One vLLM: a scheduler's and a worker's connector, and its caches."""
 
-    def __init__(self, module, role: str, address: str, *, old_api: bool) -> None:
-        self.module, self.old_api = module, old_api
+    def __init__(self, module, role: str, address: str) -> None:
+        self.module = module
         config = config_of(role, address, block_size=SIZE)
-        cache_config = None if old_api else SimpleNamespace(num_blocks=BLOCKS)
-        config.cache_config.num_gpu_blocks = BLOCKS
-        make = module.PdrelayConnector
-        if old_api:
-            self.scheduler, self.worker = make(config, Role.SCHEDULER), make(config, Role.WORKER)
-        else:
-            self.scheduler = make(config, Role.SCHEDULER, cache_config)
-            self.worker = make(config, Role.WORKER, cache_config)
+        cache_config = SimpleNamespace(num_blocks=BLOCKS)
+        self.scheduler, self.worker = (
+            module.PdrelayConnector(config, each, cache_config)
+            for each in (Role.SCHEDULER, Role.WORKER)
+        )
         self.caches = {f"l{i}": torch.zeros(BLOCKS, 4, SIZE, 64) for i in range(LAYERS)}
         self.worker.register_kv_caches(self.caches)
 
     def step(self, new=(), cached=(), *, computes=lambda: None):
         """One step of both halves: what the worker reports, given to the scheduler."""
-        meta = self.scheduler.build_connector_meta(step_of(new, cached, old_api=self.old_api))
+        meta = self.scheduler.build_connector_meta(step_of(new, cached))
         self.worker.bind_connector_metadata(meta)
         self.worker.start_load_kv(None)
         if new or cached:
@@ -63,12 +60,11 @@ class Instance:
         raise AssertionError(f"never: {report}")
 
 
-@pytest.fixture(params=[False, True], ids=["3 arguments", "2 arguments"])
-def pair(request, tmp_path):
-    old_api = request.param
-    with stubbed_vllm(2 if old_api else 3) as module:
-        p = Instance(module, "kv_producer", str(tmp_path / "p.sock"), old_api=old_api)
-        d = Instance(module, "kv_consumer", str(tmp_path / "d.sock"), old_api=old_api)
+@pytest.fixture
+def pair(tmp_path):
+    with stubbed_vllm() as module:
+        p = Instance(module, "kv_producer", str(tmp_path / "p.sock"))
+        d = Instance(module, "kv_consumer", str(tmp_path / "d.sock"))
         yield p, d
         p.worker.shutdown()
         d.worker.shutdown()
@@ -91,7 +87,8 @@ def start_load(d: Instance, params, prompt=PROMPT, blocks=D_BLOCKS, computed=0):
     return request
 
 
-def test_chunks_preemption_and_the_reply(pair, tmp_path):
+@pytest.mark.parametrize("resumed_as_new", [False, True], ids=["model runner V1", "V2"])
+def test_chunks_preemption_and_the_reply(pair, tmp_path, resumed_as_new):
     p, d = pair
     request = request_of("p", PROMPT, {"do_remote_decode": True, "pdrelay_transfer_id": "T"})
     assert p.scheduler.get_num_new_matched_tokens(request, 0) == (0, False)
@@ -101,7 +98,10 @@ def test_chunks_preemption_and_the_reply(pair, tmp_path):
     p.step()
     compute(p, P_BLOCKS[:1], -9)()
     again = [20, 21]
-    p.step(cached=[("p", again, 0, 32, True)], computes=compute(p, again, 1))
+    if resumed_as_new:
+        p.step(new=[("p", again, 0, 32)], computes=compute(p, again, 1))
+    else:
+        p.step(cached=[("p", again, 0, 32, True)], computes=compute(p, again, 1))
     p.step(cached=[("p", [22], 32, 8, False)], computes=compute(p, [22], 1))
     request.status.name = "FINISHED_LENGTH_CAPPED"
     delayed, reply = p.scheduler.request_finished(request, [20, 21, 22])
@@ -173,7 +173,7 @@ def test_aborts_and_a_failed_load(pair, tmp_path):
 @pytest.mark.parametrize("role", ["kv_producer", "kv_consumer"])
 def test_params_of_the_other_role_or_none_are_ignored(tmp_path, role):
     address = str(tmp_path / "s.sock")
-    with stubbed_vllm(3) as module:
+    with stubbed_vllm() as module:
         config = config_of(role, address, block_size=SIZE)
         scheduler = module.PdrelayConnector(config, Role.SCHEDULER, None)
         other = (
@@ -196,5 +196,5 @@ def test_params_of_the_other_role_or_none_are_ignored(tmp_path, role):
 )
 def test_topologies_that_are_not_supported_are_named(tmp_path, parallel):
     config = config_of("kv_both", str(tmp_path / "s"), block_size=SIZE, **parallel)
-    with stubbed_vllm(3) as module, pytest.raises(ConfigError, match="does not support"):
+    with stubbed_vllm() as module, pytest.raises(ConfigError, match="does not support"):
         module.PdrelayConnector(config, Role.SCHEDULER, None)

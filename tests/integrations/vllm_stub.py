@@ -1,4 +1,4 @@
-"""As much of vLLM's modules as PdrelayConnector imports, in two ages of the connector API."""
+"""As much of vLLM's modules as PdrelayConnector imports."""
 
 from __future__ import annotations
 
@@ -22,16 +22,14 @@ class Role(enum.Enum):
     WORKER = 1
 
 
-def base_class(num_arguments: int) -> type:
-    class Base:
-        def __init__(self, *arguments: Any) -> None:
-            if len(arguments) != num_arguments:
-                raise TypeError(f"takes {num_arguments} arguments")
+class Base:
+    """KVConnectorBase_V1."""
 
-        def bind_connector_metadata(self, connector_metadata: Any) -> None:
-            self._connector_metadata = connector_metadata
+    def __init__(self, vllm_config: Any, role: Role, kv_cache_config: Any) -> None:
+        self.role = role
 
-    return Base
+    def bind_connector_metadata(self, connector_metadata: Any) -> None:
+        self._connector_metadata = connector_metadata
 
 
 @dataclass
@@ -40,12 +38,11 @@ class Stats:
 
 
 @contextmanager
-def stubbed_vllm(num_arguments: int) -> Iterator[Any]:
-    """The connector's module over stubs. `num_arguments` of the base class's constructor: 3, or 2
-    before kv_cache_config was added."""
+def stubbed_vllm() -> Iterator[Any]:
+    """The connector's module over stubs."""
     contents = {
         BASE: {
-            "KVConnectorBase_V1": base_class(num_arguments),
+            "KVConnectorBase_V1": Base,
             "KVConnectorMetadata": type("KVConnectorMetadata", (), {}),
             "KVConnectorRole": Role,
         },
@@ -88,13 +85,13 @@ def config_of(role: str, address: str, *, block_size: int, **parallel: Any) -> S
     sizes = {
         "pipeline_parallel_size": 1,
         "tensor_parallel_size": 1,
-        "data_parallel_rank": 0,
+        "data_parallel_index": 0,
         **parallel,
     }
     return SimpleNamespace(
         kv_transfer_config=transfer,
         parallel_config=SimpleNamespace(**sizes),
-        cache_config=SimpleNamespace(block_size=block_size, num_gpu_blocks=None),
+        cache_config=SimpleNamespace(block_size=block_size),
     )
 
 
@@ -116,15 +113,10 @@ def blocks_of(ids: list[int]) -> SimpleNamespace:
     return SimpleNamespace(get_block_ids=lambda: (ids,))
 
 
-def step_of(new: Any = (), cached: Any = (), *, old_api: bool = False) -> SimpleNamespace:
+def step_of(new: Any = (), cached: Any = ()) -> SimpleNamespace:
     """A SchedulerOutput. `new`: (id, blocks, computed, scheduled); `cached` the same and whether it
     resumes."""
     cached = list(cached)
-    resumed = (
-        {"resumed_from_preemption": [entry[4] for entry in cached]}
-        if old_api
-        else {"resumed_req_ids": {entry[0] for entry in cached if entry[4]}}
-    )
     return SimpleNamespace(
         scheduled_new_reqs=[
             SimpleNamespace(req_id=entry[0], block_ids=(entry[1],), num_computed_tokens=entry[2])
@@ -134,7 +126,7 @@ def step_of(new: Any = (), cached: Any = (), *, old_api: bool = False) -> Simple
             req_ids=[entry[0] for entry in cached],
             new_block_ids=[(entry[1],) if entry[1] else None for entry in cached],
             num_computed_tokens=[entry[2] for entry in cached],
-            **resumed,
+            resumed_req_ids={entry[0] for entry in cached if entry[4]},
         ),
         num_scheduled_tokens={entry[0]: entry[3] for entry in [*new, *cached]},
     )

@@ -79,10 +79,11 @@ class FakeServer:
         if len(names) == 2:
             moved = -(-len(prompt) // LAYOUT.block_size) * LAYOUT.block_bytes
             now = time.monotonic_ns()
-            events.append(Event(EventKind.TRANSFER_START, now - 1000, names[0]))
+            events.append(Event(EventKind.TRANSFER_START, now - 20_000, names[0]))
             end = Event(EventKind.TRANSFER_END, now, names[1], num_bytes=moved, num_pieces=4)
             end.busy_ns, end.transport = 500, "fake"
             events.append(end)
+            events.append(Event(EventKind.DECODE_ADMITTED, time.monotonic_ns(), names[1]))
         for index in range(count):
             kind = EventKind.TOKEN if index else EventKind.FIRST_TOKEN
             events.append(Event(kind, time.monotonic_ns(), names[-1 if index else 0]))

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 from pdrelay.bench.record import ClientRecord
 from pdrelay.bench.slo import Slo
 from pdrelay.core.events import Event, EventKind, RequestRecord
 from pdrelay.core.kv_layout import KVLayout
+from pdrelay.lab.queueing import waits_of
 from pdrelay.lab.rundir import (
     STREAM_TAG,
     Case,
@@ -33,6 +35,7 @@ MS = 1_000_000
 LAYOUT = KVLayout(
     num_layers=4, num_blocks=2048, block_size=16, num_kv_heads=4, head_dim=32, dtype="float32"
 )
+FIXED_LEN, FIXED_RATE, NUM_FIXED = 512, 12.0, 200  # tokens, requests/s
 TOPOLOGIES = "replicas:2,tp:2,pd:1:1,replicas:1"
 
 
@@ -210,6 +213,52 @@ class World:
             parameters={"workload": "synthetic bursts, Azure format"},
         )
 
+    def fixed(self, rep: int) -> list[Case]:
+        """One size, idle and then Poisson arrivals at FIXED_RATE in front of FCFS prefills."""
+        idle = [
+            self.request("fixed", FIXED_LEN, 2, at_ns=self.t_ns + 300 * MS * i) for i in range(12)
+        ]
+        cases = [self.case("traffic", "fixed-idle", rep, idle, input_len=FIXED_LEN, output_len=2)]
+        servers = self.topology.num_gpus if self.topology.kind == "replicas" else 1
+        arrivals = list(accumulate(self.random.expovariate(FIXED_RATE) for _ in range(NUM_FIXED)))
+        service_s = prefill_ms(FIXED_LEN) * (0.7 if self.topology.kind == "tp" else 1.0) / 1e3
+        waits = waits_of(arrivals, service_s, servers)
+        start = self.t_ns
+        records = [
+            self.request(
+                "fixed", FIXED_LEN, 8, at_ns=start + round(at * 1e9), wait_ms=0.3 + 1e3 * wait
+            )
+            for at, wait in zip(arrivals, waits, strict=True)
+        ]
+        loaded = self.case(
+            "traffic",
+            "fixed",
+            rep,
+            records,
+            rate=FIXED_RATE,
+            input_len=FIXED_LEN,
+            output_len=8,
+            parameters={"workload": f"{FIXED_LEN} in / 8 out, Poisson"},
+        )
+        return [*cases, loaded]
+
+    def streams(self, count: int, rep: int) -> Case:
+        """`count` requests sent together, prefilled one after the other."""
+        each = prefill_ms(64)
+        records = [
+            self.request("of-many", 64, 60, at_ns=self.t_ns, wait_ms=0.3 + each * index)
+            for index in range(count)
+        ]
+        return self.case(
+            "shapes",
+            f"streams-{count}",
+            rep,
+            records,
+            input_len=64,
+            output_len=60,
+            parameters={"num_streams": count},
+        )
+
     def interference(self, rep: int) -> Case:
         t0 = self.t_ns
         longs = [
@@ -275,7 +324,8 @@ def _write_topology(root: Path, world: World, repeats: int) -> None:
     for rep in range(repeats):
         cases = [world.ttft("idle", rep), world.ttft("busy", rep)]
         cases += [world.poisson(i, f, 12 * f, rep) for i, f in enumerate((0.5, 1.0, 1.5))]
-        cases += [world.trace(rep), world.interference(rep)]
+        cases += [*world.fixed(rep), world.trace(rep), world.interference(rep)]
+        cases += [world.streams(1, rep), world.streams(4, rep)]
         cases.append(world.shape("short-short", 100, 20, rep))
         cases.append(world.shape("long-short", 2048, 30, rep))
         cases.append(world.shape("short-long", 20, 200, rep))

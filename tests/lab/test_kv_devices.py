@@ -14,6 +14,8 @@ from pdrelay.errors import TransportError
 from pdrelay.lab.kv import devices
 from pdrelay.lab.kv.cuda_device import Cuda
 from pdrelay.lab.kv.devices import Cpu, open_device
+from pdrelay.lab.kv.endpoint import _descriptor
+from pdrelay.lab.kv.wire import Setup
 from pdrelay.transport.base import Descriptor
 
 LAYOUT = KVLayout(
@@ -68,6 +70,9 @@ class StubGpu:
     def __init__(self):
         self.calls = []
 
+    def make_current(self):
+        self.calls.append("current")
+
     def launched(self):
         return SimpleNamespace(wait=lambda: self.calls.append("wait"))
 
@@ -115,7 +120,7 @@ def test_a_plain_copy_between_gpus_is_one_run_that_is_waited_for(cuda, gpu):
     copy.copy(512)
     copy.close()
     assert gpu.calls == [
-        ("open", b"h", 4096), ("copy", (9000, 100, 512), None), "copied", ("close", 9000)
+        "current", ("open", b"h", 4096), ("copy", (9000, 100, 512), None), "copied", ("close", 9000)
     ]  # fmt: skip
 
 
@@ -123,5 +128,23 @@ def test_computation_on_a_gpu_announces_its_layer(cuda, gpu):
     cuda.create_pages(LAYOUT)
     cuda.compute(1, 3)
     mark = cuda.mark()
-    assert gpu.calls == [("written", 1)]
+    assert gpu.calls == ["current", ("written", 1)]
     assert mark() > 0 and gpu.calls[-1] == "wait"
+
+
+def test_without_shared_device_memory_only_what_needs_it_is_left_out():
+    class Refusing:
+        def descriptor(self):
+            raise TransportError("not between containers")
+
+    setup = Setup(
+        role="consumer",
+        device="cuda:0",
+        layout=LAYOUT,
+        transports=("tcp",),
+        timeout_s=1.0,
+        pool=b"",
+    )
+    assert _descriptor("mapped", Refusing(), setup) == Descriptor(b"")
+    with pytest.raises(TransportError, match="between containers"):
+        _descriptor("tcp", Refusing(), setup)

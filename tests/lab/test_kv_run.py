@@ -10,10 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from pdrelay.cli import main
+from pdrelay.cli import main, parse
+from pdrelay.cli.kv import kv_config
 from pdrelay.lab.kv.config import KvConfig
-from pdrelay.lab.kv.measure import cells_of, rounds_of
+from pdrelay.lab.kv.measure import Measurement, cells_of, rounds_of
 from pdrelay.lab.kv.rundir import read_kv_run
+from pdrelay.lab.kv.wire import Up
+from pdrelay.launch.host import inspect_host
+from pdrelay.model.config import BUILT_IN
 
 KV_CONFIG = KvConfig(
     model="tiny",
@@ -151,7 +155,7 @@ def test_given_rates_are_labelled(tmp_path):
         (["tiny", "--lengths", "0"], "--lengths"),
         (["tiny", "--lengths", "999999"], "the model's context is 16384"),
         (["tiny", "--block-sizes", ","], "name at least one"),
-        (["tiny", "--device", "cuda"], "--device cuda needs two GPUs"),
+        (["tiny", "--device", "cuda"], "--device cuda needs a GPU"),
         (["tiny", "--links", "ib"], "write NAME=GB/s"),
         (["tiny", "--links", "ib=-1"], "write NAME=GB/s"),
         (["tiny", "--tflops", "fast"], "--tflops"),
@@ -178,3 +182,24 @@ def test_page_sizes_are_visited_forth_and_back():
     ]  # fmt: skip
     one = replace(KV_CONFIG, repeats=1)
     assert rounds_of(one) == [(16, range(0, 1)), (64, range(0, 1))]
+
+
+@pytest.mark.parametrize(("num_gpus", "second"), [(1, "cuda:0"), (2, "cuda:1")])
+def test_devices_by_the_number_of_gpus(num_gpus, second, tmp_path, monkeypatch):
+    host = replace(inspect_host(), num_gpus=num_gpus)
+    monkeypatch.setattr("pdrelay.launch.host.inspect_host", lambda: host)
+    config, _ = kv_config(parse(["kv", "tiny", "--device", "cuda", "--out", str(tmp_path)]))
+    assert config.devices == ("cuda:0", second) and config.dtype == "bfloat16"
+    assert ("nccl" in config.transports) == (num_gpus == 2)
+    assert ("--allow-oversubscribe" in config.serve.args) == (num_gpus == 1)
+    assert ("own memory" in config.remark) == (num_gpus == 1)
+
+
+@pytest.mark.parametrize(("tokens", "seconds"), [(512, 0.0110), (2048, 0.0449), (8192, 0.202)])
+def test_on_a_gpu_the_stand_in_takes_as_long_as_prefill(tokens, seconds):
+    config = replace(KV_CONFIG, device="cuda", dtype="bfloat16", num_gpus=1)
+    shape = BUILT_IN["llama-3.1-8b"]
+    measurement = Measurement(config, shape, lambda *_: None, lambda _: None)
+    up = Up(unit_ns=25_000.0, flops_per_s=660e12)
+    layers = measurement._units(tokens, up) * shape.num_layers
+    assert layers * 25e-6 == pytest.approx(seconds, rel=0.05)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -7,8 +8,9 @@ import pytest
 
 from pdrelay.cli import main, parse
 from pdrelay.cli.lab import lab_config
-from pdrelay.lab.config import FULL, QUICK
+from pdrelay.lab.scale import FULL, GPU_FULL, GPU_QUICK, QUICK
 from pdrelay.lab.topology import label_of, parse_topologies, parse_topology
+from pdrelay.launch.host import inspect_host
 
 
 def read(*argv):
@@ -16,13 +18,47 @@ def read(*argv):
 
 
 def test_defaults():
-    quick, full = read("--quick"), read()
+    quick, full = read("--quick", "--device", "cpu"), read("--device", "cpu")
     assert [t.name for t in quick.topologies] == ["replicas-2", "tp-2", "pd-1-1", "replicas-1"]
     assert quick.baseline.name == "replicas-1"
     assert (quick.scale, quick.repeats, full.scale, full.repeats) == (QUICK, 1, FULL, 5)
     assert (quick.slo.ttft_ms, quick.slo.tpot_ms) == (250, 10)
-    assert read("--model", "llama-3.1-8b").slo.ttft_ms == 500
+    other = read("--model", "llama-3.1-8b", "--device", "cpu").slo
+    assert (other.ttft_ms, other.tpot_ms) == (500, 30)
     assert quick.out.parent.name == "runs"
+
+
+def test_servers_on_gpus_get_sizes_rates_and_limits_of_their_own():
+    quick = read("--quick", "--model", "llama-3.1-8b", "--device", "cuda")
+    assert (quick.scale, quick.slo.ttft_ms, quick.slo.tpot_ms) == (GPU_QUICK, 500, 15)
+    assert quick.serve_args == ("--device", "cuda", "--max-model-len", "16384")
+    assert read("--scale", "gpu", "--device", "cpu").scale == GPU_FULL
+    assert read("--scale", "cpu", "--device", "cuda").scale == FULL
+    given = read("--scale", "gpu", "--max-model-len", "9000", "--gpu-memory-utilization", "0.5")
+    assert given.serve_args == ("--max-model-len", "9000", "--gpu-memory-utilization", "0.5")
+    shared = read("--device", "cpu", "--kv-cache-memory", "2GiB", "--allow-oversubscribe")
+    assert shared.serve_args == (
+        "--device", "cpu", "--kv-cache-memory", str(2 << 30), "--allow-oversubscribe"
+    )  # fmt: skip
+
+
+def test_the_scale_follows_the_gpus_that_are_there(monkeypatch):
+    host = inspect_host()
+    for num_gpus, scale in ((0, FULL), (2, GPU_FULL)):
+        there = dataclasses.replace(host, num_gpus=num_gpus)
+        monkeypatch.setattr("pdrelay.launch.host.inspect_host", lambda there=there: there)
+        assert read().scale == scale
+
+
+def test_a_dry_run_lists_the_cases_and_starts_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = ["lab", "--quick", "--scale", "gpu", "--cases", "fixed,streams-*", "--dry-run"]
+    assert main(argv) == 0
+    printed = capsys.readouterr().out
+    for word in ("2 replicas, repeat 0", "fixed", "streams-64", "4 server starts", "480 s"):
+        assert word in printed
+    assert "poisson-0" not in printed
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_everything_at_once(tmp_path):
@@ -57,6 +93,9 @@ def test_everything_at_once(tmp_path):
         (["--topologies", ","], "no topology"),
         (["--experiments", "5"], "--experiments"),
         (["--experiments", ","], "--experiments"),
+        (["--cases", "fixd", "--dry-run"], "names no case"),
+        (["--scale", "gpus"], "--scale"),
+        (["--kv-cache-memory", "0"], "--kv-cache-memory"),
         (["--repeats", "0"], "--repeats"),
         (["--repeats", "two"], "--repeats"),
         (["--seed", "-1"], "--seed"),
@@ -112,3 +151,17 @@ def test_report_of_no_run_is_one_line(tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "is not a run directory" in error
+
+
+def test_an_export_holds_what_documents_quote(run_dir, tmp_path, capsys):
+    copy, to = tmp_path / "run", tmp_path / "results" / "2030-01-01-lab"
+    shutil.copytree(run_dir, copy)
+    assert main(["report", "--quiet", "--export", str(to), str(copy)]) == 0
+    assert f"exported: {to}" in capsys.readouterr().out
+    assert sorted(path.name for path in to.iterdir()) == [
+        "environment.json", "run.json", "summary.json"
+    ]  # fmt: skip
+    summary = json.loads((to / "summary.json").read_bytes())
+    assert summary["verdict"]["headline"]
+    assert main(["report", "--quiet", "--export", str(to), str(copy)]) == 2
+    assert "not empty" in capsys.readouterr().err

@@ -52,8 +52,8 @@ async def test_gpus_are_sampled_and_shown(tmp_path, monkeypatch):
     trace = json.loads(built.trace.read_bytes())["traceEvents"]
     names = {event["args"]["name"] for event in trace if event["name"] == "process_name"}
     assert {"P/D 1:1 · GPU 0 (prefill-0)", "P/D 1:1 · GPU 1 (decode-0)"} <= names
-    counters = [event for event in trace if event["ph"] == "C" and event["name"] == "SM %"]
-    assert {event["args"]["SM %"] for event in counters} == {90.0, 50.0}
+    counters = [event for event in trace if event["ph"] == "C" and event["name"] == "SM"]
+    assert {event["args"]["%"] for event in counters} == {90.0, 50.0}
     assert built.summary.timelines[0].counters
 
 

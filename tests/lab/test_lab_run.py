@@ -11,16 +11,21 @@ from pdrelay.bench.slo import Slo
 from pdrelay.core.clock import FakeClock
 from pdrelay.errors import ConfigError, LaunchError
 from pdrelay.lab.budget import Budget
-from pdrelay.lab.config import QUICK, LabConfig, TraceConfig
+from pdrelay.lab.config import LabConfig, TraceConfig
 from pdrelay.lab.experiments.traffic import steady_rate
+from pdrelay.lab.plan import schedule
 from pdrelay.lab.progress import SilentReporter
 from pdrelay.lab.report.build import build_report
-from pdrelay.lab.run import run_lab, schedule
+from pdrelay.lab.run import run_lab
 from pdrelay.lab.rundir import read_run
+from pdrelay.lab.scale import QUICK, FixedLoad, Pace, Shape
 from pdrelay.lab.topology import parse_topologies
+from pdrelay.lab.verdict import best_goodput
 
 TINY = dataclasses.replace(
     QUICK,
+    pace=Pace(0.0, 2e-6, 0.0, 0.0005, 0.1, 0.1),  # of the fake servers
+    warmup_lengths=(64, 512),
     probes=((64, 3), (128, 2)),
     busy_probes=((64, 2),),
     num_streams=2,
@@ -32,9 +37,19 @@ TINY = dataclasses.replace(
     chat_max_output_len=12,
     quiet_s=0.1,
     long_input_len=256,
-    num_long=2,
-    long_gap_s=0.1,
+    num_long=3,
+    long_gap_s=0.05,
+    long_group=2,
+    long_pause_s=0.05,
+    fixed=FixedLoad(128, 8, 40.0, 12),
+    shapes=(
+        Shape("short-short", 100, 20, 40.0),
+        Shape("long-short", 512, 30, 20.0),
+        Shape("short-long", 20, 100, 30.0),
+    ),
     shape_requests=2,
+    stream_counts=(1, 3),
+    stream_shape=(64, 50),
     budget_s=None,
 )
 
@@ -58,9 +73,9 @@ async def test_a_run_fills_every_section_and_the_report_builds(tmp_path):
     run = read_run(tmp_path / "run")
     for experiment, cases in {
         "ttft": ["busy", "idle"],
-        "traffic": ["poisson-0", "poisson-1", "trace"],
+        "traffic": ["fixed", "fixed-idle", "poisson-0", "poisson-1", "trace"],
         "interference": ["interference"],
-        "shapes": ["long-short", "short-long", "short-short"],
+        "shapes": ["long-short", "short-long", "short-short", "streams-1", "streams-3"],
     }.items():
         for topology in ("replicas-2", "pd-1-1"):
             found = run.select(experiment, topology)
@@ -76,6 +91,23 @@ async def test_a_run_fills_every_section_and_the_report_builds(tmp_path):
     busy = run.select("interference", "pd-1-1")[0]
     assert len(busy.streams) >= 2
     assert not any(record.status == "failed" for record in busy.streams)
+
+
+async def test_rates_that_the_scale_names_need_no_capacity(tmp_path):
+    """As on GPUs, where runs on different engines are to be offered the same load."""
+    scale = dataclasses.replace(TINY, rates=(30.0, 60.0), rate_fractions=(), synthetic_trace_s=0.0)
+    chosen = config(tmp_path, scale=scale, experiments=("traffic", "interference"))
+    info = await run_lab(chosen, FakeLauncher(), SilentReporter())
+    assert info.notes == [] and info.capacity_rps is None
+    summary = build_report(tmp_path / "run").summary
+    rows = [row for row in summary.traffic if row.topology == "pd-1-1"]
+    assert [(row.kind, row.rate) for row in rows] == [
+        ("fixed", 40.0), ("poisson", 30.0), ("poisson", 60.0)
+    ]  # fmt: skip
+    assert all(row.rate_fraction is None and row.attainment.known for row in rows)
+    assert best_goodput("pd-1-1", summary.traffic) is not None
+    assert {row.topology for row in summary.queues} == {"replicas-2", "pd-1-1"}
+    assert not (tmp_path / "run" / "synthetic_trace.csv").exists()
 
 
 async def test_topologies_get_the_same_traffic(tmp_path):
@@ -189,27 +221,41 @@ async def test_a_mooncake_trace_shares_prefixes_and_is_described(tmp_path):
 
 
 async def test_what_does_not_fit_into_the_time_is_left_out_and_named(tmp_path):
-    scale = dataclasses.replace(TINY, budget_s=1e-6)
+    slow = dataclasses.replace(TINY.pace, prefill_s=1000.0)
+    scale = dataclasses.replace(TINY, budget_s=500.0, pace=slow, synthetic_trace_s=600.0)
     info = await run_lab(
         config(tmp_path, "replicas:1", scale=scale), FakeLauncher(), SilentReporter()
     )
-    assert len(info.notes) == 9
+    assert len(info.notes) == 12
     assert all("left out" in note for note in info.notes)
 
 
-async def test_the_quick_plan_fits_its_budget(tmp_path):
-    """By the plan's own estimates: 4 topologies within 330 s, 30 s short of the promise."""
-    from pdrelay.bench.server_info import ServerInfo
-    from pdrelay.lab.experiments import interference, shapes, traffic, ttft
-    from pdrelay.lab.experiments.base import Context
-    from pdrelay.lab.run import START_S
+async def test_a_server_that_cannot_start_in_time_is_left_out_and_named(tmp_path):
+    pace = dataclasses.replace(TINY.pace, external_start_s=100.0)
+    scale = dataclasses.replace(TINY, budget_s=50.0, pace=pace)
+    launcher = FakeLauncher()
+    chosen = config(tmp_path, "replicas:1,vllm/replicas:1", scale=scale, experiments=("ttft",))
+    info = await run_lab(chosen, launcher, SilentReporter())
+    assert [server.topology.name for server in launcher.servers] == ["replicas-1"]
+    assert info.notes == ["vLLM 1 replica, repeat 0: left out, its start would pass the time limit"]
 
-    chosen = config(tmp_path, "replicas:2,tp:2,pd:1:1,replicas:1", scale=QUICK)
-    info = ServerInfo("tiny", "tiny", 16384, 264)
-    context = Context(chosen, chosen.topologies[0], 0, "http://unused", info, 10.0)
-    makers = (ttft.steps, traffic.steps, interference.steps, shapes.steps)
-    per_server = sum(step.estimate_s for make in makers for step in make(context)) + START_S
-    assert 4 * per_server < QUICK.budget_s
+
+async def test_only_the_chosen_cases_run(tmp_path):
+    chosen = config(tmp_path, "replicas:1", cases=("fixed", "streams-*"))
+    info = await run_lab(chosen, FakeLauncher(), SilentReporter())
+    assert info.notes == []
+    cases = [case.info.case for case in read_run(tmp_path / "run").cases]
+    assert cases == ["streams-1", "streams-3", "fixed", "fixed-idle"]
+    summary = build_report(tmp_path / "run").summary
+    assert [row.kind for row in summary.traffic] == ["fixed"]
+    assert [row.num_streams for row in summary.streams] == [1, 3]
+
+
+async def test_cases_that_do_not_exist_are_refused_before_anything_starts(tmp_path):
+    launcher = FakeLauncher()
+    with pytest.raises(ConfigError, match="names no case"):
+        await run_lab(config(tmp_path, cases=("fixd",)), launcher, SilentReporter())
+    assert launcher.servers == [] and not (tmp_path / "run").exists()
 
 
 def test_schedule_visits_every_topology_in_every_repeat_in_rotated_order():
@@ -225,16 +271,17 @@ def test_schedule_visits_every_topology_in_every_repeat_in_rotated_order():
 def test_budget_shares_time_left_and_learns_from_slow_steps():
     clock = FakeClock()
     budget = Budget(100.0, clock)
-    budget.begin_server(4)
+    budget.begin_server(1 / 4)
     assert budget.allows(25.0)
     assert not budget.allows(25.1)
     clock.advance(10)
     budget.over(5.0, 10.0)  # twice as slow as planned
     assert budget.allows(7.5)
     assert not budget.allows(7.6)
-    budget.begin_server(3)  # what the first left over is shared
+    budget.begin_server(1 / 3)  # what the first left over is shared
     assert budget.allows(15.0)
     assert not budget.allows(15.1)
+    assert budget.has(90.0) and not budget.has(90.1)
 
 
 def test_capacity_leaves_the_drain_out():

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import select
+import subprocess
 import sys
 from pathlib import Path
 
@@ -72,6 +74,37 @@ async def test_a_stubborn_server_is_killed(tmp_path, monkeypatch):
     (worker,) = server.workers()
     await server.stop()
     assert is_gone(worker.pid)
+
+
+KILLED_LAB = """
+import asyncio, sys
+from pathlib import Path
+from pdrelay.lab.server import ChildLauncher
+from pdrelay.lab.topology import parse_topology
+
+async def main(stub, root):
+    launcher = ChildLauncher(20.0, (sys.executable, stub))
+    server = await launcher.start(
+        parse_topology("replicas:1"), model="stubborn",
+        event_log_path=root / "events.jsonl", log_path=root / "server.log",
+    )
+    print(server.workers()[0].pid, flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main(sys.argv[1], Path(sys.argv[2])))
+"""
+
+
+def test_a_killed_lab_leaves_no_server(tmp_path):
+    arguments = [sys.executable, "-c", KILLED_LAB, STUB, str(tmp_path)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as lab:
+        server = os.pidfd_open(int(lab.stdout.readline()))
+        lab.kill()
+    try:
+        readable, _, _ = select.select([server], [], [], 20.0)
+    finally:
+        os.close(server)
+    assert readable == [server]
 
 
 def test_no_log_and_no_process_are_no_errors(tmp_path):

@@ -1,6 +1,6 @@
 """Stands in for the interpreter of an engine's environment (`--engine-python`).
 
-    -c CODE vllm             tells a version, as the launcher asks for it
+    -c CODE vllm ...         tells what it holds, as the launcher asks for it
     -m MODULE ARGS           runs the package's fake server; STUB_ENGINE says how it fares
 
 STUB_ENGINE: "" serves, "crash" prints a traceback and exits, "hang" never listens.
@@ -25,8 +25,17 @@ RuntimeError: Engine core initialization failed. See root cause above. Failed co
 
 def main() -> int:
     if sys.argv[1] == "-c":
-        looks_for = sys.argv[5:]  # a source file's words, when it is not the version
-        print(*looks_for[:1] or [os.environ.get("STUB_VERSION", "0.32.0")])
+        engine, flags = sys.argv[3], sys.argv[5].split()
+        version = os.environ.get("STUB_VERSION", "0.32.0")
+        facts = {
+            "python": sys.version.split()[0],
+            "versions": {engine: version},
+            "torch_requirement": "",
+            "torch_cuda": "",
+            "connectors": ["NixlConnector", *["P2pNcclConnector"] * version.startswith("0.23.")],
+            "flags": flags[:1],
+        }
+        print(json.dumps(facts))
         return 0
     notes = os.environ.get("STUB_NOTES")
     if notes:

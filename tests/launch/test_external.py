@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from dataclasses import replace
 
 import pytest
 
+from pdrelay.doctor.engine_probe import EngineFacts
 from pdrelay.errors import ConfigError
 from pdrelay.launch.config import EngineConfig, ServeConfig
-from pdrelay.launch.engine_version import release, sglang_notes, vllm_notes
-from pdrelay.launch.external_driver import EnginePlan, first_cause
+from pdrelay.launch.engine_version import engine_notes
+from pdrelay.launch.external_driver import EnginePlan
 from pdrelay.launch.gpus import assign_gpus, visible_gpus, with_peers
 from pdrelay.launch.host import Host
 from pdrelay.launch.ports import Ports
@@ -59,56 +61,82 @@ def test_ports_are_kept_and_can_be_listened_on():
 
 
 @pytest.mark.parametrize(
-    ("version", "connector", "words"),
+    ("engine", "version", "connector", "words"),
     [
-        ("0.23.0", "pdrelay", []),
-        ("0.26.0", "nixl", ["removed in 0.24"]),
-        ("0.32.0", "", ["removed in 0.24", "gone in 0.32"]),
-        ("0.33.0", "other", ["removed in 0.24", "gone in 0.32", "kv_cache_config"]),
-        ("0.40.1", "pdrelay", ["untested", "removed in 0.24", "gone in 0.32"]),
-        ("unknown", "", ["not known"]),
+        ("vllm", "0.23.0", "pdrelay", []),
+        ("vllm", "0.26.0rc1+cu130", "nixl", ["removed in 0.24", "has no nixl"]),
+        ("vllm", "0.32.0", "", []),
+        ("vllm", "0.33.1", "pdrelay", ["removed in 0.24"]),
+        ("vllm", "0.22.1", "pdrelay", ["untested"]),
+        ("vllm", "0.34.0", "pdrelay", ["untested", "removed in 0.24"]),
+        ("vllm", "unknown", "", ["cannot be read"]),
+        ("sglang", "unknown", "nixl", ["cannot be read"]),
+        ("sglang", "0.5.16", "nixl", []),
+        ("sglang", "0.4.9", "nixl", ["untested"]),
     ],
 )
-def test_what_versions_of_vllm_lack(version, connector, words):
-    notes = vllm_notes(version, connector)
+def test_what_a_release_lacks(engine, version, connector, words):
+    old = version < "0.24" and engine == "vllm"
+    connectors = ("NixlConnector", "P2pNcclConnector") if old else ("NixlConnector",)
+    facts = EngineFacts("python", versions={engine: version}, connectors=connectors)
+    notes = engine_notes(engine, facts, connector)
     assert len(notes) == len(words)
     assert all(word in note for word, note in zip(words, notes, strict=True))
 
 
-def test_other_versions():
-    assert release("0.26.0rc1+cu130") == (0, 26)
-    assert sglang_notes("0.5.16") == []
-    assert "untested" in sglang_notes("0.4.9")[0]
+def test_an_installed_nixl_is_not_missed():
+    facts = EngineFacts("python", versions={"vllm": "0.23.0", "nixl-cu13": "1.3.2"})
+    assert engine_notes("vllm", facts, "nixl") == []
 
 
-def test_the_first_exception_is_the_cause():
-    log = [
-        "(EngineCore pid=7) INFO starting",
-        "(EngineCore pid=7) ValueError: too little free memory",
-        "RuntimeError: Engine core initialization failed. Failed core proc(s): {}",
-    ]
-    assert first_cause(log) == "its log says: ValueError: too little free memory"
-    assert first_cause(log[2:]) == first_cause(log[:1]) == ""
+@pytest.mark.parametrize(
+    ("log", "said"),
+    [
+        (
+            [
+                "(EngineCore pid=7) INFO starting",
+                "(EngineCore pid=7) ValueError: a cause nobody has seen",
+                "RuntimeError: Engine core initialization failed. Failed core proc(s): {}",
+            ],
+            "its earliest error: ValueError: a cause nobody has seen",
+        ),
+        (
+            ["torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 1.00 GiB"],
+            "its log says: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 1.00 GiB; "
+            "cause: ",
+        ),
+        (["INFO starting", "ends here", ""], "its last line: ends here"),
+        ([], ""),
+    ],
+)
+def test_the_end_of_an_engine_is_explained(log, said):
+    with plan_on_two_gpus() as plan:
+        assert VllmDriver(plan).explain(log).startswith(said)
+        assert bool(VllmDriver(plan).explain(log)) == bool(said)
 
 
-def test_a_vllm_command_on_gpus():
+@contextlib.contextmanager
+def plan_on_two_gpus():
     config = ServeConfig(
         engine=EngineConfig("llama-3.1-8b", engine="vllm"), topology=PrefillDecode(1, 1)
     )
     host = Host(8, 64 << 30, 64 << 30, 2, 4096, None)
-    resolved = resolve_external(config, BUILT_IN["llama-3.1-8b"], host)
-    specs = instances(config.topology)
     with RunDir() as run_dir, Ports() as ports:
-        plan = EnginePlan(
+        yield EnginePlan(
             config=config,
-            resolved=resolved,
+            resolved=resolve_external(config, BUILT_IN["llama-3.1-8b"], host),
             run_dir=run_dir,
             ports=ports,
             python="/v/python",
             version="0.26.0",
             model_dir="/m",
-            gpus=with_peers(assign_gpus(specs, ["0", "1"]), ["0", "1"]),
+            gpus=with_peers(assign_gpus(instances(config.topology), ["0", "1"]), ["0", "1"]),
         )
+
+
+def test_a_vllm_command_on_gpus():
+    specs = instances(PrefillDecode(1, 1))
+    with plan_on_two_gpus() as plan:
         launch = VllmDriver(plan).launch(specs[1], 0)
         (process,) = launch.processes
         assert process.env["CUDA_VISIBLE_DEVICES"] == "1,0"

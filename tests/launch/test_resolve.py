@@ -114,6 +114,7 @@ def test_model_directory(tmp_path):
     [
         (config(max_model_len=16_385), "exceeds the model's context of 16384"),
         (config(device="cuda"), "no NVIDIA GPU"),
+        (config(attention_backend="fa3"), "--attention-backend fa3 runs on GPUs"),
         (config(TensorParallel(3)), "divide"),
         (config(TensorParallel(8)), "divide"),
         (config(kv_cache_memory=100), "holds no block"),
@@ -185,6 +186,14 @@ def test_kv_cache_memory_counts_on_gpus_too():
     host = replace(HOST, num_gpus=1)
     resolved = resolve(config(model="llama-3.1-8b", kv_cache_memory=32 * GIB), LLAMA, host)
     assert resolved.layout.num_blocks == 32 * GIB // (64 * 131_072)
+
+
+def test_ranks_on_gpus_are_told_what_reads_their_pages():
+    asked = config(attention_backend="fa3")
+    resolved = resolve(asked, TINY, replace(HOST, num_gpus=1))
+    with RunDir() as run_dir:
+        (rank,) = RankPlan(asked, resolved, run_dir)(instances(asked.topology)[0], 0, 5)
+    assert rank.attention == "fa3"
 
 
 def test_ranks_get_gpus_in_turn_and_share_their_memory():

@@ -3,97 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import shutil
 import signal
 import socket
-import subprocess
 import sys
-import tempfile
 import threading
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
+from serve_rig import DEADLINE_S, ServeProcess, alive, until
 
 from pdrelay.launch.run_dir import remove_stale
 
 PROGRAM = str(Path(__file__).with_name("stub_front_door.py"))
-DEADLINE_S = 20.0
 
 
-def until(condition, what):
-    end = time.monotonic() + DEADLINE_S
-    while not (value := condition()):
-        assert time.monotonic() < end, f"never: {what}"
-        time.sleep(0.01)
-    return value
-
-
-def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-class Serve:
+class Serve(ServeProcess):
     def __init__(self, tmp_path, *args, mode="") -> None:
-        self.ready_file = tmp_path / "ready.json"
-        self.temporary = Path(tempfile.mkdtemp(prefix="t"))  # short: it holds Unix sockets
-        self.process = subprocess.Popen(
-            [
-                *(sys.executable, PROGRAM, "tiny", "--port", "0", "--allow-oversubscribe"),
-                *("--ready-file", str(self.ready_file), *args),
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "STUB_MODE": mode, "TMPDIR": str(self.temporary)},
-        )
-        self.info = {}
-
-    def wait_ready(self):
-        until(lambda: self.ready_file.exists() or self.process.poll() is not None, "ready")
-        assert self.process.poll() is None, self.process.stdout.read()
-        self.info = json.loads(self.ready_file.read_text())
-        return self
-
-    @property
-    def worker_pids(self):
-        return [pid for worker in self.info["workers"] for pid in worker["pids"]]
-
-    def request(self, path, body=None):
-        request = urllib.request.Request(self.info["url"] + path, data=body)
-        try:
-            with urllib.request.urlopen(request, timeout=DEADLINE_S) as response:
-                return response.status, json.loads(response.read())
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode()
-
-    def stop(self, *signals):
-        for number in signals:
-            self.process.send_signal(number)
-        output, _ = self.process.communicate(timeout=DEADLINE_S)
-        return self.process.returncode, output
-
-    def nothing_left(self):
-        assert not any(alive(pid) for pid in self.worker_pids)
-        assert list(self.temporary.iterdir()) == []
-        assert not self.ready_file.exists()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.communicate()
-        self.process.stdout.close()
-        shutil.rmtree(self.temporary)
+        command = [sys.executable, PROGRAM, "tiny", "--allow-oversubscribe"]
+        super().__init__(tmp_path, command, *args, STUB_MODE=mode)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -117,8 +45,8 @@ def test_sigkill_of_the_front_door_takes_the_ranks(tmp_path):
         serve.wait_ready()
         os.kill(serve.process.pid, signal.SIGKILL)
         serve.process.wait(DEADLINE_S)
-        assert len(serve.worker_pids) == 2
-        until(lambda: not any(alive(pid) for pid in serve.worker_pids), "ranks die")
+        assert len(serve.pids) == 2
+        until(lambda: not any(alive(pid) for pid in serve.pids), "ranks die")
         assert len(list(serve.temporary.iterdir())) == 1
         remove_stale(serve.temporary)  # as the next server does
         assert list(serve.temporary.iterdir()) == []
@@ -129,17 +57,15 @@ def test_drain_waits_for_running_requests_unless_told_again(tmp_path, finishes):
     with Serve(tmp_path, mode="hold") as serve:
         serve.wait_ready()
         answers = []
-        client = threading.Thread(
-            target=lambda: answers.append(serve.request("/echo", b"[1, 2, 3]"))
-        )
+        client = threading.Thread(target=lambda: answers.append(serve.request("/echo", [1, 2, 3])))
         client.start()
         until(lambda: _connections(serve) > 0, "the request arrives")
         serve.process.send_signal(signal.SIGTERM)
         until(lambda: not _accepts(serve), "no new connection is taken")
         assert serve.process.poll() is None, "it did not wait for the request"
-        assert alive(serve.worker_pids[0])
+        assert alive(serve.pids[0])
         if finishes:
-            os.kill(serve.worker_pids[0], signal.SIGUSR1)
+            os.kill(serve.pids[0], signal.SIGUSR1)
         else:
             serve.process.send_signal(signal.SIGTERM)
         client.join(DEADLINE_S)
@@ -178,24 +104,24 @@ def test_drain_deadline_ends_a_stuck_request(tmp_path):
 
 def _quietly(serve):
     with contextlib.suppress(OSError):
-        serve.request("/echo", b"[1]")
+        serve.request("/echo", [1])
 
 
 def test_request_is_answered_and_a_killed_worker_comes_back(tmp_path):
     with Serve(tmp_path) as serve:
         serve.wait_ready()
-        assert serve.request("/echo", b"[5, 6]") == (200, [5, 6])
-        os.kill(serve.worker_pids[0], signal.SIGKILL)
+        assert serve.request("/echo", [5, 6]) == (200, [5, 6])
+        os.kill(serve.pids[0], signal.SIGKILL)
         until(lambda: serve.request("/health")[0] == 503, "/health tells")
         until(lambda: serve.request("/health")[0] == 200, "/health recovers")
-        assert serve.request("/echo", b"[7]") == (200, [7])
+        assert serve.request("/echo", [7]) == (200, [7])
         assert serve.stop(signal.SIGTERM)[0] == 0
 
 
 def test_shared_pool_survives_a_worker(tmp_path):
     with Serve(tmp_path, "--prefill", "1", "--decode", "1", "--transport", "pool") as serve:
         serve.wait_ready()
-        victim = serve.worker_pids[1]
+        victim = serve.pids[1]
         assert _has_memfd(victim)
         os.kill(victim, signal.SIGKILL)
         until(lambda: serve.request("/health")[0] == 503, "/health tells")
@@ -225,8 +151,7 @@ def test_signal_while_starting(tmp_path):
 @pytest.mark.parametrize("mode", ["exit", "fatal"])
 def test_failed_start_is_one_line_and_status_2(tmp_path, mode):
     with Serve(tmp_path, "--replicas", "2", mode=mode) as serve:
-        output, _ = serve.process.communicate(timeout=DEADLINE_S)
-        assert serve.process.returncode == 2
+        output = serve.failed()
         errors = [line for line in output.splitlines() if line.startswith("pdrelay: error:")]
         assert len(errors) == 1
         assert "replica-" in errors[0]
@@ -238,8 +163,7 @@ def test_occupied_port_is_found_before_any_worker_starts(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with Serve(tmp_path, "--port", str(port)) as serve:
-            output, _ = serve.process.communicate(timeout=DEADLINE_S)
-            assert serve.process.returncode == 2
+            output = serve.failed()
             assert f"port {port} on 127.0.0.1 is in use" in output
             assert "--port" in output
             assert "stub" not in output

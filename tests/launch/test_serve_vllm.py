@@ -5,72 +5,33 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
 import stat
 import subprocess
 import sys
-import tempfile
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
+from serve_rig import DEADLINE_S, ServeProcess, alive, until
 
 STUB = Path(__file__).with_name("stub_engine_python.py")
-DEADLINE_S = 40.0
 
 
-def until(condition, what):
-    end = time.monotonic() + DEADLINE_S
-    while not (value := condition()):
-        assert time.monotonic() < end, f"never: {what}"
-        time.sleep(0.02)
-    return value
-
-
-def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-class Serve:
-    """`with Serve(tmp_path, ...) as serve`: a front door and the engines that it starts."""
+class Serve(ServeProcess):
+    """A front door and the engines that it starts with a stub of their interpreter."""
 
     def __init__(self, tmp_path, *args, engine="vllm", mode="", **env) -> None:
-        self.python = tmp_path / "python"
-        self.python.write_text(f'#!/bin/sh\nexec {sys.executable} {STUB} "$@"\n')
-        self.python.chmod(self.python.stat().st_mode | stat.S_IXUSR)
-        self.ready_file = tmp_path / "ready.json"
+        python = tmp_path / "python"
+        python.write_text(f'#!/bin/sh\nexec {sys.executable} {STUB} "$@"\n')
+        python.chmod(python.stat().st_mode | stat.S_IXUSR)
         self.notes = tmp_path / "notes"
-        self.temporary = Path(tempfile.mkdtemp(prefix="t"))
-        self.process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "pdrelay", "serve", "tiny", "--engine", engine),
-                *("--engine-python", str(self.python), "--device", "cpu", "--port", "0"),
-                *("--ready-file", str(self.ready_file), "--max-model-len", "512", *args),
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={
-                **os.environ,
-                "STUB_ENGINE": mode,
-                "STUB_NOTES": str(self.notes),
-                "TMPDIR": str(self.temporary),
-                **env,
-            },
+        super().__init__(
+            tmp_path,
+            [sys.executable, "-m", "pdrelay", "serve", "tiny", "--engine", engine],
+            *("--engine-python", str(python), "--device", "cpu", "--max-model-len", "512"),
+            *args,
+            **{"STUB_ENGINE": mode, "STUB_NOTES": str(self.notes), **env},
         )
-        self.info = {}
-
-    def wait_ready(self):
-        until(lambda: self.ready_file.exists() or self.process.poll() is not None, "ready")
-        assert self.process.poll() is None, self.process.stdout.read()
-        self.info = json.loads(self.ready_file.read_text())
-        return self
 
     def started(self):
         """What each engine process was started with, in order."""
@@ -79,37 +40,6 @@ class Serve:
     @property
     def pids(self):
         return [pid for each in self.started() for pid in each["pids"]]
-
-    def request(self, path, body=None):
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(
-            self.info["url"] + path, data=data, headers={"Content-Type": "application/json"}
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=DEADLINE_S) as response:
-                return response.status, json.loads(response.read())
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode()
-
-    def stop(self, number=signal.SIGTERM):
-        self.process.send_signal(number)
-        output, _ = self.process.communicate(timeout=DEADLINE_S)
-        return self.process.returncode, output
-
-    def nothing_left(self):
-        assert not any(alive(pid) for pid in self.pids)
-        assert list(self.temporary.iterdir()) == []
-        assert not self.ready_file.exists()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.communicate()
-        self.process.stdout.close()
-        shutil.rmtree(self.temporary, ignore_errors=True)
 
 
 def flag(started, name):
@@ -140,7 +70,7 @@ def test_two_replicas_serve_and_leave_nothing(tmp_path):
             serve.pids
         )
         assert [worker["resolved"]["engine"] for worker in serve.info["workers"]] == ["vllm"] * 2
-        status, output = serve.stop()
+        status, output = serve.stop(signal.SIGTERM)
         assert status == 0, output
         assert "engine: vllm 0.32.0" in output
         assert "[replica-1] FakeVllm listens" in output
@@ -164,7 +94,7 @@ def test_prefill_and_decode_get_their_roles_and_addresses(tmp_path):
         assert producer["kv_connector_extra_config"]["lease_s"] == 30
         path = Path(serve.started()[0]["env"]["PYTHONPATH"].split(":")[0])
         assert [each.name for each in path.iterdir()] == ["pdrelay"]
-        assert serve.stop()[0] == 0
+        assert serve.stop(signal.SIGTERM)[0] == 0
         serve.nothing_left()
 
 
@@ -177,7 +107,7 @@ def test_nixl_gets_side_channels_of_its_own(tmp_path):
         assert {each["env"]["UCX_TLS"] for each in started} == {"all"}
         configs = [json.loads(flag(each, "--kv-transfer-config")) for each in started]
         assert {each["kv_connector"] for each in configs} == {"NixlConnector"}
-        assert serve.stop()[0] == 0
+        assert serve.stop(signal.SIGTERM)[0] == 0
 
 
 def test_a_killed_instance_comes_back_on_its_port(tmp_path):
@@ -191,7 +121,7 @@ def test_a_killed_instance_comes_back_on_its_port(tmp_path):
         assert serve.request("/v1/completions", body)[0] == 200
         one, two = serve.started()
         assert flag(one, "--port") == flag(two, "--port")
-        assert serve.stop()[0] == 0
+        assert serve.stop(signal.SIGTERM)[0] == 0
         serve.nothing_left()
 
 
@@ -206,8 +136,7 @@ def test_sigkill_of_the_front_door_takes_the_engines(tmp_path):
 
 def test_a_failed_start_names_the_first_cause(tmp_path):
     with Serve(tmp_path, mode="crash") as serve:
-        output, _ = serve.process.communicate(timeout=DEADLINE_S)
-        assert serve.process.returncode == 2
+        output = serve.failed()
         (error,) = [line for line in output.splitlines() if line.startswith("pdrelay: error:")]
         assert "torch.OutOfMemoryError: CUDA out of memory" in error
         assert "[replica-0] RuntimeError: Engine core initialization failed" in output
@@ -216,8 +145,7 @@ def test_a_failed_start_names_the_first_cause(tmp_path):
 
 def test_an_instance_that_never_answers_ends_the_start(tmp_path):
     with Serve(tmp_path, "--startup-timeout", "2", mode="hang") as serve:
-        output, _ = serve.process.communicate(timeout=DEADLINE_S)
-        assert serve.process.returncode == 2
+        output = serve.failed()
         assert "was not ready after 2 s" in output
         serve.nothing_left()
 
@@ -239,8 +167,7 @@ def test_an_instance_that_never_answers_ends_the_start(tmp_path):
 )
 def test_what_cannot_run_is_said_before_anything_starts(tmp_path, args, words):
     with Serve(tmp_path, *args) as serve:
-        output, _ = serve.process.communicate(timeout=DEADLINE_S)
-        assert serve.process.returncode == 2
+        output = serve.failed()
         assert words in output
         assert "Traceback" not in output
         assert not serve.notes.exists()
@@ -249,9 +176,9 @@ def test_what_cannot_run_is_said_before_anything_starts(tmp_path, args, words):
 
 @pytest.mark.parametrize(("version", "words"), [("0.23.0", ""), ("0.24.1", "removed in 0.24")])
 def test_what_a_version_lacks_is_said_at_start(tmp_path, version, words):
-    with Serve(tmp_path, STUB_VERSION=version) as serve:
+    with Serve(tmp_path, "--prefill", "1", "--decode", "1", STUB_VERSION=version) as serve:
         serve.wait_ready()
-        output = serve.stop()[1]
+        output = serve.stop(signal.SIGTERM)[1]
         assert f"engine: vllm {version}" in output
         assert ("removed in 0.24" in output) == bool(words)
 
@@ -272,7 +199,7 @@ def test_sglang_is_started_with_its_own_words(tmp_path):
             assert "--incremental-streaming-output" in started["argv"]
             assert "--disable-radix-cache" in started["argv"]
         assert serve.info["workers"][0]["resolved"]["engine_version"] == "0.5.16"
-        status, output = serve.stop()
+        status, output = serve.stop(signal.SIGTERM)
         assert status == 0
         assert "engine: sglang 0.5.16" in output
         serve.nothing_left()
@@ -298,6 +225,6 @@ def test_attached_instances_are_routed_to_and_left_running(tmp_path):
             assert serve.request("/v1/completions", {"prompt": [1], "max_tokens": 2})[0] == 200
             assert serve.request("/health")[0] == 200
             engines[0].kill()
-            assert serve.stop()[0] == 0
+            assert serve.stop(signal.SIGTERM)[0] == 0
             assert engines[1].poll() is None
             assert list(serve.temporary.iterdir()) == []

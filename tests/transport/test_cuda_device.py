@@ -41,7 +41,7 @@ class FakeDriver:
         return next(self._handles)
 
     def destroy_stream(self, stream):
-        pass
+        self.calls.append(("destroy", stream))
 
     def create_event(self, *, timing):
         return next(self._handles)
@@ -83,6 +83,9 @@ class FakeCopier:
 
     def forget(self, address):
         self.forgotten.append(address)
+
+    def close(self):
+        self._driver.calls.append(("copier closed",))
 
 
 def make_device(*, triton=True, **options):
@@ -161,3 +164,10 @@ def test_a_closed_mapping_is_forgotten_before_it_goes():
     device.close_peer(TARGET.address)
     assert device._copier.forgotten == [TARGET.address]
     device.close()
+
+
+def test_page_lists_are_freed_before_the_stream_that_used_them():
+    device = make_device()
+    device.close()
+    device.close()  # twice is once
+    assert kinds(device) == ["copier closed", "destroy"]

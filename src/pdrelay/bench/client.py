@@ -29,7 +29,7 @@ from pdrelay.bench.server_info import fetch_server_info
 from pdrelay.bench.sse import SseParser
 from pdrelay.core.clock import monotonic_ns
 from pdrelay.core.heap import settled_heap
-from pdrelay.core.time_slice import request_short_slices
+from pdrelay.core.time_slice import RELAY_SLICE_NS, request_short_slices
 from pdrelay.errors import ConfigError, ProtocolError
 
 # Servers close idle connections (uvicorn after 5 s): never reuse one that is about to go.
@@ -143,7 +143,7 @@ async def run_load(
             warmer = _Load(session, target, encoder, timeout_s, f"{prefix}-warmup", None, stop)
             await _warm_up(warmer, warmups)
         load = _Load(session, target, encoder, timeout_s, prefix, progress, stop)
-        request_short_slices()
+        request_short_slices(RELAY_SLICE_NS)
         with settled_heap():
             return await load.run(requests, mode)
 

@@ -47,7 +47,12 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         ),
     ],
     "measurement": [
-        Option("device", choice("auto", "cpu", "cuda"), "auto: cuda with two GPUs, else cpu", "D"),
+        Option(
+            "device",
+            choice("auto", "cpu", "cuda"),
+            "auto: cuda with two GPUs, else cpu; cuda with one GPU puts both processes on it",
+            "D",
+        ),
         Option("transport", text, "comma-separated, all of the device's by default", "LIST"),
         Option("lengths", text, "prompt lengths, tokens (64,128,...,8192)", "LIST"),
         Option("block-sizes", text, "page sizes, tokens (16,64)", "LIST"),
@@ -67,6 +72,13 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         ),
     ],
     "servers": [
+        Option(
+            "servers",
+            choice("both", "side-by-side", "apart"),
+            "side-by-side: P/D and one replica at once, requests in turn (how much the hand-over "
+            "slows prefill); apart: one after the other, as the lab does; both (default)",
+            "WHICH",
+        ),
         Option("serve-repeats", integer(1, 100), f"fresh servers ({_SERVE_REPEATS})", "N"),
         Option("serve-requests", integer(1, 10_000), f"a length ({_SERVE_REQUESTS})", "N"),
         Option("max-model-len", integer(1, 1 << 24), "longest prompt + output", "N"),
@@ -119,9 +131,10 @@ def kv_config(args: argparse.Namespace) -> tuple[KvConfig, ModelConfig]:
     shape = load_model_config(args.model)
     tp = values.get("tp", 1)
     check_tp(shape, tp)
-    device = _device(values.get("device", "auto"), args.predict_only)
+    num_gpus = _num_gpus(args.predict_only)
+    device = _device(values.get("device", "auto"), args.predict_only, num_gpus)
     lengths = _lengths(values, shape)
-    transports = _transports(values, device)
+    transports = _transports(values, device, num_gpus)
     dtype = _dtype(values.get("dtype", "auto"), args.model, shape, device)
     config = KvConfig(
         model=args.model,
@@ -131,12 +144,13 @@ def kv_config(args: argparse.Namespace) -> tuple[KvConfig, ModelConfig]:
         out=_out(values),
         transports=transports,
         lengths=lengths,
+        num_gpus=num_gpus if device == "cuda" else 0,
         block_sizes=_numbers(values, "block-sizes", DEFAULT_BLOCK_SIZES, 1 << 16),
         repeats=values.get("repeats", DEFAULT_REPEATS),
         predict_only=args.predict_only,
         serve=None
         if args.no_serve or args.predict_only
-        else _serve(values, lengths, device, transports[0]),
+        else _serve(values, lengths, device, transports[0], num_gpus),
         compute=_compute(values),
         links=_links(values),
         seed=values.get("seed", 0),
@@ -147,16 +161,19 @@ def kv_config(args: argparse.Namespace) -> tuple[KvConfig, ModelConfig]:
     return config, shape
 
 
-def _device(asked: str, predict_only: bool) -> str:
+def _num_gpus(predict_only: bool) -> int:
     from pdrelay.launch.host import inspect_host
 
+    return 0 if predict_only else inspect_host().num_gpus
+
+
+def _device(asked: str, predict_only: bool, num_gpus: int) -> str:
     if predict_only:
         return "cpu" if asked == "auto" else asked
-    num_gpus = inspect_host().num_gpus
-    if asked == "cuda" and num_gpus < 2:
+    if asked == "cuda" and num_gpus == 0:
         raise ConfigError(
-            f"--device cuda needs two GPUs, the driver lists {num_gpus}: use --device cpu or "
-            "--predict-only"
+            "--device cuda needs a GPU (two to measure a link), the driver lists none: use "
+            "--device cpu or --predict-only"
         )
     if asked == "auto":
         return "cuda" if num_gpus >= 2 else "cpu"
@@ -171,21 +188,27 @@ def _dtype(asked: str, model: str, shape: ModelConfig, device: str) -> str:
     return "bfloat16" if device == "cuda" and is_built_in(model) else shape.dtype
 
 
-def _transports(values: Mapping[str, Any], device: str) -> tuple[str, ...]:
+def _transports(values: Mapping[str, Any], device: str, num_gpus: int) -> tuple[str, ...]:
     from pdrelay.lab.kv.config import CPU_TRANSPORTS, CUDA_TRANSPORTS
     from pdrelay.transport.registry import TRANSPORTS
 
     of_device: Sequence[str] = CPU_TRANSPORTS if device == "cpu" else CUDA_TRANSPORTS
     possible = [name for name in of_device if name in TRANSPORTS]
+    if device == "cuda" and num_gpus == 1:
+        possible.remove("nccl")  # it refuses two ranks on one GPU
     chosen = _parts(values.get("transport", ",".join(possible)))
     unknown = [name for name in chosen if name not in possible]
     if unknown or not chosen:
         name = unknown[0] if unknown else ""
         raise ConfigError(
-            f"--transport {name!r} cannot be measured on {device}: choose among "
+            f"--transport {name!r} cannot be measured on {_where(device, num_gpus)}: choose among "
             f"{', '.join(possible)}"
         )
     return tuple(dict.fromkeys(chosen))
+
+
+def _where(device: str, num_gpus: int) -> str:
+    return "one GPU" if device == "cuda" and num_gpus == 1 else device
 
 
 def _parts(given: str) -> list[str]:
@@ -223,12 +246,19 @@ def _lengths(values: Mapping[str, Any], shape: ModelConfig) -> tuple[int, ...]:
 
 
 def _serve(
-    values: Mapping[str, Any], lengths: tuple[int, ...], device: str, transport: str
+    values: Mapping[str, Any],
+    lengths: tuple[int, ...],
+    device: str,
+    transport: str,
+    num_gpus: int,
 ) -> ServeConfig:
     """Servers hand over by the first of the transports."""
     from pdrelay.lab.kv.config import ServeConfig
 
     args = ["--device", device, "--transport", transport]
+    if device == "cuda" and num_gpus == 1:
+        args.append("--allow-oversubscribe")
+    which = values.get("servers", "both")
     if values.get("dtype") in ("float32", "bfloat16"):
         args += ["--dtype", values["dtype"]]
     if "max_model_len" in values:
@@ -241,6 +271,8 @@ def _serve(
         requests=values.get("serve_requests", _SERVE_REQUESTS),
         repeats=values.get("serve_repeats", _SERVE_REPEATS),
         args=tuple(args),
+        side_by_side=which != "apart",
+        apart=which != "side-by-side",
     )
 
 

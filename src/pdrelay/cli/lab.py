@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pdrelay.cli.options import (
     Option,
     add_options,
+    byte_count,
     choice,
     integer,
     number,
@@ -27,9 +28,13 @@ if TYPE_CHECKING:
 
 DEFAULT_TOPOLOGIES = "replicas:2,tp:2,pd:1:1,replicas:1"
 DEFAULT_MODEL = "tiny"
-# For `tiny` on CPU cores: a few times what an idle server needs. Other models: MLPerf's
-# interactive levels of Llama-3.1-8B.
+# For `tiny` on CPU cores: a few times what an idle server needs. On GPUs: MLPerf's interactive TTFT
+# of Llama-3.1-8B, and half its TPOT: vLLM 0.26.0 decodes 64 streams of that model in 6.6 ms a token
+# on an H200 (2026-11-23, 512 in / 128 out), so that 15 is missed by requests that stalls held up.
+# Else: MLPerf's levels.
 TINY_SLO = ("ttft:250", "tpot:10")
+GPU_SLO = ("ttft:500", "tpot:15")
+GPU_MAX_MODEL_LEN = 16_384  # as long as the experiments need: long contexts cost KV memory
 FULL_REPEATS = 5
 
 _DESCRIPTION = """\
@@ -37,7 +42,10 @@ Start each topology in turn, run the experiments on it, and write the run direct
 (report.html, summary.json, trace.json).
 
 experiments: 1 TTFT against input length, 2 traffic up to saturation and a trace,
-             3 long prompts over running streams, 4 three shapes side by side
+             3 long prompts over running streams, 4 three shapes side by side, and
+             ITL of many streams at once
+sizes, rates and the service level are those of --scale: cpu is made for `tiny` on CPU cores, gpu
+for 8B models on GPUs
 """
 _EXAMPLES = """\
 examples:
@@ -45,6 +53,8 @@ examples:
   pdrelay lab --topologies replicas:2,pd:1:1 --experiments 1,3 --out runs/hand-over
   pdrelay lab --engines native,vllm --engine-python ~/vllm/bin/python --topologies replicas:2,pd:1:1
   pdrelay lab --experiments 2 --trace conv.csv --time-scale 0.5 --max-input-len 4096
+  pdrelay lab --quick --model llama-3.1-8b --dry-run
+  pdrelay lab --model llama-3.1-8b --repeats 1 --cases fixed --topologies replicas:2,pd:1:1
 """
 
 ENGINES = ("native", "vllm", "sglang")  # lab.topology's, which would load too much for --help
@@ -77,6 +87,18 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         ),
         Option("experiments", text, "which of the four (1,2,3,4)", "LIST"),
         Option(
+            "cases",
+            text,
+            "only cases of these names, as --dry-run lists them: fixed, poisson-*, streams-64",
+            "LIST",
+        ),
+        Option(
+            "scale",
+            choice("auto", "cpu", "gpu"),
+            "sizes of the experiments: auto (default: gpu where the servers run on GPUs), cpu, gpu",
+            "NAME",
+        ),
+        Option(
             "repeats",
             integer(1, 100),
             f"repeats, each on fresh servers (quick: 1, else {FULL_REPEATS}; intervals across "
@@ -88,7 +110,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option(
             "time-limit",
             number(1.0, 1e6),
-            "leave out what would not fit into so many seconds (quick: 330)",
+            "leave out what would not fit into so many seconds (quick: 330; on GPUs 480)",
             "S",
         ),
     ],
@@ -130,7 +152,25 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("device", choice("auto", "cpu", "cuda"), "auto (default), cpu, cuda", "NAME"),
         Option("dtype", choice("auto", "float32", "bfloat16"), "auto (default)", "NAME"),
         Option("load-format", choice("auto", "dummy"), "auto (default), dummy", "NAME"),
-        Option("max-model-len", integer(1, 1 << 24), "longest prompt + output", "N"),
+        Option(
+            "max-model-len",
+            integer(1, 1 << 24),
+            f"longest prompt + output (--scale gpu: {GPU_MAX_MODEL_LEN}, or the model's)",
+            "N",
+        ),
+        Option(
+            "gpu-memory-utilization",
+            number(0.01, 1.0),
+            "part of each GPU's memory, for all instances on it together (0.9)",
+            "X",
+        ),
+        Option(
+            "kv-cache-memory",
+            byte_count,
+            "KV pool of each rank, such as 16GiB; give it where instances of vllm share a GPU: "
+            "either takes what the other loads meanwhile for its own",
+            "BYTES",
+        ),
         Option(
             "allow-oversubscribe",
             switch,
@@ -139,7 +179,14 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         ),
     ],
 }
-_TO_SERVERS = ("device", "dtype", "load_format", "max_model_len")
+_TO_SERVERS = (
+    "device",
+    "dtype",
+    "load_format",
+    "max_model_len",
+    "gpu_memory_utilization",
+    "kv_cache_memory",
+)
 _TRACE_ONLY = ("time_scale", "max_input_len", "max_output_len", "trace_duration")
 
 
@@ -153,13 +200,21 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--quick", action="store_true", help="one repeat with few samples, within 6 minutes"
+        "--quick",
+        action="store_true",
+        help="one repeat with few samples, within 6 minutes (on GPUs 8)",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="list the cases with their estimated seconds, and start nothing",
     )
     parser.add_argument(
         "--goodput",
         nargs="+",
         metavar="NAME:MS",
-        help=f"service level (tiny: {' '.join(TINY_SLO)}; else ttft:500 tpot:30)",
+        help=f"service level (--scale gpu: {' '.join(GPU_SLO)}; tiny: {' '.join(TINY_SLO)}; else "
+        "ttft:500 tpot:30)",
     )
     add_options(parser, GROUPS)
     parser.set_defaults(func=run)
@@ -168,9 +223,16 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Raises ConfigError, and LaunchError when no server starts."""
     config = lab_config(args)
+    from pdrelay.lab.report.tables import console, print_summary
+
+    if args.dry_run:
+        from pdrelay.lab.plan import plan
+        from pdrelay.lab.report.plan_table import print_plan
+
+        print_plan(plan(config), config.scale, console())
+        return 0
     from pdrelay.lab.progress import RichReporter
     from pdrelay.lab.report.build import build_report
-    from pdrelay.lab.report.tables import console, print_summary
     from pdrelay.lab.run import run_lab_blocking
     from pdrelay.lab.server import ChildLauncher
 
@@ -186,12 +248,13 @@ def lab_config(args: argparse.Namespace) -> LabConfig:
     """Validated settings. Raises ConfigError."""
     from dataclasses import replace
 
-    from pdrelay.lab.config import FULL, QUICK, LabConfig
+    from pdrelay.lab.config import LabConfig
+    from pdrelay.lab.scale import choose_scale
     from pdrelay.lab.topology import on_engines, parse_topologies
 
     options = [option for group in GROUPS.values() for option in group]
     values = read_options(options, vars(args), None)
-    scale = QUICK if args.quick else FULL
+    scale = choose_scale(_scale_name(values), quick=args.quick)
     if "time_limit" in values:
         scale = replace(scale, budget_s=values["time_limit"])
     model = values.get("model", DEFAULT_MODEL)
@@ -202,12 +265,13 @@ def lab_config(args: argparse.Namespace) -> LabConfig:
         out=_out(values),
         scale=scale,
         quick=args.quick,
-        slo=_slo(args.goodput, model),
+        slo=_slo(args.goodput, model, scale.name),
         experiments=_experiments(values.get("experiments", "1,2,3,4")),
+        cases=tuple(part.strip() for part in values.get("cases", "").split(",") if part.strip()),
         repeats=values.get("repeats", 1 if args.quick else FULL_REPEATS),
         seed=values.get("seed", 0),
         trace=_trace(values),
-        serve_args=tuple(_serve_args(values)),
+        serve_args=tuple(_serve_args(values, model, scale.name)),
         engine_serve_args={engine: _engine_args(engine, values) for engine in ENGINES},
         argv=("pdrelay", *sys.argv[1:]),
     )
@@ -219,11 +283,26 @@ def _out(values: Mapping[str, Any]) -> Path:
     return Path("runs") / datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
 
 
-def _slo(goodput: list[str] | None, model: str) -> Slo:
+def _scale_name(values: Mapping[str, Any]) -> str:
+    """ "cpu" or "gpu": as asked for, else where the servers will run."""
+    name: str = values.get("scale", "auto")
+    if name != "auto":
+        return name
+    device = values.get("device", "auto")
+    if device == "auto":
+        from pdrelay.launch.host import inspect_host
+
+        device = "cuda" if inspect_host().num_gpus else "cpu"
+    return "gpu" if device == "cuda" else "cpu"
+
+
+def _slo(goodput: list[str] | None, model: str, scale: str) -> Slo:
     from pdrelay.bench.slo import parse_goodput, slo_preset
 
     if goodput:
         return parse_goodput(goodput)
+    if scale == "gpu":
+        return parse_goodput(GPU_SLO)
     if model == DEFAULT_MODEL:
         return parse_goodput(TINY_SLO)
     return slo_preset("llama3.1-8b-interactive")
@@ -275,9 +354,14 @@ def _engines(values: Mapping[str, Any]) -> list[str]:
     return engines
 
 
-def _serve_args(values: Mapping[str, Any]) -> list[str]:
-    """Flags for every `pdrelay serve`."""
+def _serve_args(values: Mapping[str, Any], model: str, scale: str) -> list[str]:
+    """Flags for every `pdrelay serve`. Raises ModelError for a model that cannot be read."""
     arguments: list[str] = []
+    if scale == "gpu" and "max_model_len" not in values:
+        from pdrelay.model.config import load_model_config
+
+        longest = min(GPU_MAX_MODEL_LEN, load_model_config(model).max_position_embeddings)
+        values = {**values, "max_model_len": longest}
     for key in _TO_SERVERS:
         if key in values:
             arguments += [f"--{key.replace('_', '-')}", str(values[key])]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pdrelay.errors import ConfigError
+from pdrelay.launch.units import parse_bytes
 
 Reader = Callable[[object], Any]
 
@@ -53,6 +54,20 @@ def integer(low: int, high: int) -> Reader:
         return value
 
     return read
+
+
+def byte_count(value: object) -> int:
+    """Bytes, with a unit or without."""
+    wanted = "a byte count from 1 to 1 PiB, such as 536870912 or 512MiB"
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise ValueError(wanted)
+    try:
+        num = parse_bytes(value) if isinstance(value, str) else value
+    except ValueError:
+        raise ValueError(wanted) from None
+    if not 1 <= num <= 1 << 50:
+        raise ValueError(wanted)
+    return num
 
 
 def number(low: float, high: float) -> Reader:

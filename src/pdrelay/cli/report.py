@@ -15,6 +15,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "from the raw files that `pdrelay lab` or `pdrelay kv` left in DIR, and print the tables.",
     )
     parser.add_argument("directory", metavar="DIR", type=Path, help="a run directory")
+    parser.add_argument(
+        "--export",
+        metavar="TO",
+        type=Path,
+        help="also copy run.json, environment.json and summary.json, which documents quote, into "
+        "the new directory TO",
+    )
     parser.add_argument("-q", "--quiet", action="store_true", help="print no tables")
     parser.set_defaults(func=run)
 
@@ -23,10 +30,19 @@ def run(args: argparse.Namespace) -> int:
     """Raises ConfigError for a directory that is no run or holds a damaged file."""
     from pdrelay.lab.kv.rundir import is_kv_run
 
-    return _kv(args) if is_kv_run(args.directory) else _lab(args)
+    if is_kv_run(args.directory):
+        _kv(args)
+    else:
+        _lab(args)
+    if args.export is not None:
+        from pdrelay.lab.export import export_summary
+
+        export_summary(args.directory, args.export)
+        print(f"exported: {args.export}")
+    return 0
 
 
-def _lab(args: argparse.Namespace) -> int:
+def _lab(args: argparse.Namespace) -> None:
     from pdrelay.lab.report.build import build_report
     from pdrelay.lab.report.tables import console, print_summary
 
@@ -34,10 +50,9 @@ def _lab(args: argparse.Namespace) -> int:
     if not args.quiet:
         print_summary(built.summary, console())
     print(f"report: {built.report}")
-    return 0
 
 
-def _kv(args: argparse.Namespace) -> int:
+def _kv(args: argparse.Namespace) -> None:
     from pdrelay.lab.kv.build import build_kv_report
     from pdrelay.lab.kv.tables import print_kv_summary
     from pdrelay.lab.report.tables import console
@@ -46,4 +61,3 @@ def _kv(args: argparse.Namespace) -> int:
     if not args.quiet:
         print_kv_summary(built.summary, console())
     print(f"report: {built.report}")
-    return 0

@@ -8,7 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from pdrelay.cli.options import Option, choice, integer, number, read_options, switch, text
+from pdrelay.cli.options import (
+    Option,
+    byte_count,
+    choice,
+    integer,
+    number,
+    read_options,
+    switch,
+    text,
+)
 from pdrelay.core.messages import Role
 from pdrelay.errors import ConfigError
 from pdrelay.launch.config import (
@@ -19,24 +28,10 @@ from pdrelay.launch.config import (
     TransportConfig,
 )
 from pdrelay.launch.topology import PrefillDecode, Replicas, Topology, make_topology
-from pdrelay.launch.units import parse_bytes
 
 _MAX_RANKS = 1024
 _MAX_TOKENS = 1 << 24
 _MAX_SECONDS = 86_400.0
-
-
-def _byte_count(value: object) -> int:
-    wanted = "a byte count from 1 to 1 PiB, such as 536870912 or 512MiB"
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise ValueError(wanted)
-    try:
-        num = parse_bytes(value) if isinstance(value, str) else value
-    except ValueError:
-        raise ValueError(wanted) from None
-    if not 1 <= num <= 1 << 50:
-        raise ValueError(wanted)
-    return num
 
 
 def _words(value: object) -> tuple[str, ...]:
@@ -126,6 +121,13 @@ GROUPS: Mapping[str, Sequence[Option]] = {
             "NAME",
         ),
         Option(
+            "attention-backend",
+            choice("auto", "triton", "fa3"),
+            "what reads KV pages on GPUs: auto (default: triton), triton (own kernels), fa3 "
+            "(FlashAttention-3 of a vLLM that is installed beside pdrelay; Hopper)",
+            "NAME",
+        ),
+        Option(
             "load-format",
             choice("auto", "dummy"),
             "auto (default: safetensors; built-in shapes: dummy), dummy (seeded random weights)",
@@ -135,7 +137,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("max-model-len", _TOKENS, "longest prompt + output (default: the model's)", "N"),
         Option(
             "kv-cache-memory",
-            _byte_count,
+            byte_count,
             "KV pool of each rank, as bytes or like 2GiB (default on CPU: 256MiB or 10%% of the "
             "memory, more for large models; on GPUs: see --gpu-memory-utilization)",
             "BYTES",
@@ -233,7 +235,13 @@ GROUPS: Mapping[str, Sequence[Option]] = {
 
 OPTIONS = [option for group in GROUPS.values() for option in group]
 _MODEL = Option("model", text, "the model")
-_NATIVE_ONLY = ("block_size", "max_num_seqs", "max_num_batched_tokens", "transport")
+_NATIVE_ONLY = (
+    "attention_backend",
+    "block_size",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "transport",
+)
 _EXTERNAL_ONLY = ("connector", "dispatch", "engine_args", "engine_python", "attach")
 _NESTED = (
     "engine",

@@ -13,6 +13,7 @@ from pdrelay.core.messages import Role
 from pdrelay.errors import ProtocolError
 
 Verify = Literal["off", "sample", "full"]
+AttentionName = Literal["auto", "triton", "fa3"]
 
 
 class RankConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,6 +32,7 @@ class RankConfig(msgspec.Struct, frozen=True, kw_only=True):
     load_format: str  # "safetensors" or "dummy"
     device: str  # "cpu" or "cuda:0", ..
     dtype: str  # a key of core.kv_layout.DTYPE_BYTES
+    attention: AttentionName = "auto"  # over pages, on CUDA
     seed: int
     max_model_len: int
     block_size: int

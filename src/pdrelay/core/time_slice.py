@@ -12,6 +12,9 @@ import platform
 import struct
 
 SHORT_SLICE_NS = 100_000  # the kernel's minimum
+# Of who relays or reads tokens: as long as the tokens of a step take, so that the reader that the
+# first of them wakes does not interrupt the rest (docs/LOG.md, 2026-11-24).
+RELAY_SLICE_NS = 400_000
 
 _SYSCALLS = {"x86_64": (314, 315), "aarch64": (274, 275)}  # sched_setattr, sched_getattr
 # struct sched_attr: size, policy, flags, nice, priority, runtime, deadline, period
@@ -19,7 +22,7 @@ _ATTR = struct.Struct("=IIQiIQQQ")
 _RESET_ON_FORK = 1  # children (a prefill rank, say) start with the default slice again
 
 
-def request_short_slices(slice_ns: int = SHORT_SLICE_NS) -> bool:
+def request_short_slices(slice_ns: int) -> bool:
     """For the calling thread alone. Returns False where the kernel does not take it.
 
     Kernels before 6.12 accept the call and ignore it.

@@ -5,14 +5,11 @@ from __future__ import annotations
 from pdrelay.doctor.check import Check, failure, note, ok, warning
 from pdrelay.doctor.engine_probe import EngineFacts, pinned_version
 from pdrelay.doctor.facts import Ask, Facts
-from pdrelay.doctor.version import Version, parse_version
+from pdrelay.doctor.version import Version, parse_version, show_version
+from pdrelay.launch.engine_version import KNOWN
 from pdrelay.launch.topology import PrefillDecode, num_ranks
 from pdrelay.launch.units import format_bytes
 
-_KNOWN: dict[str, tuple[Version, Version]] = {  # tested or read; first, and first beyond
-    "vllm": ((0, 23, 0), (0, 34, 0)),
-    "sglang": ((0, 5, 0), (0, 6, 0)),
-}
 _P2P_NCCL = "P2pNcclConnector"
 _P2P_NCCL_SINCE, _P2P_NCCL_REMOVED = (0, 9, 2), (0, 24, 0)
 _P2P_NCCL_POOL_BYTES = 32 << 30  # a rank, pinned
@@ -52,14 +49,14 @@ def check_engine(ask: Ask, facts: Facts) -> list[Check]:
 
 
 def check_release(ask: Ask, engine: EngineFacts, text: str) -> Check:
-    first, beyond = _KNOWN[ask.engine]
+    first, beyond = KNOWN[ask.engine]
     version = parse_version(text)
     shown = f"{ask.engine} {text} on Python {engine.python}"
     if version is None or first <= version < beyond:
         return ok("engine", shown)
     return warning(
         "engine",
-        f"{shown}: pdrelay knows {_show(first)} up to, and without, {_show(beyond)}",
+        f"{shown}: pdrelay knows {show_version(first)} up to, and without, {show_version(beyond)}",
         "use one of these releases, or look out for options that have changed",
     )
 
@@ -134,7 +131,7 @@ def check_connector(ask: Ask, engine: EngineFacts, version: Version | None) -> l
         return [
             failure(
                 "connector",
-                f"{name} was removed in vLLM {_show(_P2P_NCCL_REMOVED)}",
+                f"{name} was removed in vLLM {show_version(_P2P_NCCL_REMOVED)}",
                 "use NixlConnector or pdrelay's own (leave --connector out)",
             )
         ]
@@ -236,7 +233,3 @@ def check_environment(ask: Ask, facts: Facts) -> list[Check]:
     if env.get("HF_HUB_OFFLINE") == "1" and facts.model is None and ask.config.engine.model:
         found.append(note("HF_HUB_OFFLINE", "a hub model must be in the local cache already"))
     return found
-
-
-def _show(version: Version) -> str:
-    return f"{version[0]}.{version[1]}" + (f".{version[2]}" if version[2] else "")

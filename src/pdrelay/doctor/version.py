@@ -20,3 +20,8 @@ def in_range(version: Version | None, since: Version | None, before: Version | N
     if version is None:
         return True
     return (since is None or version >= since) and (before is None or version < before)
+
+
+def show_version(version: Version) -> str:
+    """`0.23` or `0.9.2`."""
+    return f"{version[0]}.{version[1]}" + (f".{version[2]}" if version[2] else "")

@@ -45,6 +45,9 @@ class Ops(Protocol):
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """[T, 2 * I] -> silu(first half) * second half, [T, I]."""
 
+    def gate_up_silu(self, x: torch.Tensor, gate_up: Linear) -> torch.Tensor:
+        """`silu_mul` of `gate_up`, [T, I]."""
+
     def norm_linear(
         self,
         x: torch.Tensor | None,
@@ -63,7 +66,7 @@ class Ops(Protocol):
         eps: float,
         gate_up: Linear,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`silu_mul` of `norm_linear`, and residual + x."""
+        """`gate_up_silu` of `add_rms_norm`, and residual + x."""
 
     def rope_write_kv(
         self,
@@ -97,6 +100,9 @@ class _Unfused:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return linear(self.add_rms_norm(x, residual, norm_weight, eps)), residual
 
+    def gate_up_silu(self: Ops, x: torch.Tensor, gate_up: Linear) -> torch.Tensor:
+        return self.silu_mul(gate_up(x))
+
     def norm_gate_up(
         self: Ops,
         x: torch.Tensor | None,
@@ -105,7 +111,8 @@ class _Unfused:
         eps: float,
         gate_up: Linear,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.silu_mul(gate_up(self.add_rms_norm(x, residual, norm_weight, eps))), residual
+        h = self.add_rms_norm(x, residual, norm_weight, eps)
+        return self.gate_up_silu(h, gate_up), residual
 
 
 class TorchOps(_Unfused):

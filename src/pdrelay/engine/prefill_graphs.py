@@ -106,13 +106,17 @@ class PrefillGraphs:
     # ---- which there are
 
     def bucket_of(self, num_rows: int, pool: torch.Tensor | None) -> int | None:
-        """Rows of the graph that runs a prompt of `num_rows`; None when there is none yet."""
+        """Rows that a prompt of `num_rows` is padded to; None where no graph is meant to run it.
+
+        While a peer's graph is not captured yet, the same rows are launched one kernel at a time:
+        a result's bits must not depend on when a peer came.
+        """
         index = bisect_left(self.buckets, num_rows)
         graphs = self._graphs_of(pool)
         if index == len(self.buckets) or graphs is None or not self.in_use:
             return None
         bucket = self.buckets[index]
-        return bucket if bucket in graphs.graphs else None
+        return bucket if pool is not None or bucket in graphs.graphs else None
 
     def _graphs_of(self, pool: torch.Tensor | None) -> _Graphs | None:
         return self._own if pool is None else self._of_pool.get(id(pool))
@@ -178,7 +182,9 @@ class PrefillGraphs:
             return self._forward(bucket, pool)
         graphs = self._graphs_of(pool)
         assert graphs is not None and graphs.pool is pool, "a pool that is not open"
-        graph = graphs.graphs[bucket]
+        graph = graphs.graphs.get(bucket)
+        if graph is None:
+            return self._forward(bucket, pool)
         graph.replay()
         return graph.results[0]
 

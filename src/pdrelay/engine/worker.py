@@ -25,7 +25,7 @@ from pdrelay.core.kv_layout import KVLayout
 from pdrelay.core.messages import Fatal, Ready, Role, ToWorker
 from pdrelay.core.rank_config import RankConfig, read_rank_config
 from pdrelay.core.scheduler import Scheduler, SchedulerConfig
-from pdrelay.core.time_slice import request_short_slices
+from pdrelay.core.time_slice import SHORT_SLICE_NS, request_short_slices
 from pdrelay.engine.batch import BatchInput
 from pdrelay.engine.communicator import Communicator, connect_ranks
 from pdrelay.engine.consumer import Consumer
@@ -87,6 +87,7 @@ def build_rank(config: RankConfig, communicator: Communicator) -> Rank:
             dtype=getattr(torch, config.dtype),
             device=torch.device(config.device),
             communicator=communicator,
+            attention=config.attention,
         )
     if config.device == "cpu":
         return _on_cpu(config, model_config, model, startup)
@@ -336,7 +337,7 @@ def main() -> int:
     if config.device == "cpu":
         # A decode step must not wait behind a prefill. Prefill ranks too: what they give up when
         # they yield between tiles (kernels/cpu.c) is the rest of a slice, so it must be short.
-        request_short_slices()
+        request_short_slices(SHORT_SLICE_NS)
     torch.set_num_threads(config.num_threads)
     torch.manual_seed(config.seed)
     if config.rank > 0:

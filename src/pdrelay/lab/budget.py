@@ -10,8 +10,8 @@ _MIN_FACTOR, _MAX_FACTOR = 0.3, 20.0
 class Budget:
     """Compares estimated with real seconds, and keeps a limit for the whole run.
 
-    Each server gets an equal share of the time left when it starts; what it does not use goes to
-    the next ones.
+    Each server gets a share of the time left when it starts, by what is planned on it; what it does
+    not use goes to the next ones.
     """
 
     def __init__(self, limit_s: float | None, clock: Clock = monotonic_ns) -> None:
@@ -33,11 +33,15 @@ class Budget:
             return 1.0
         return min(_MAX_FACTOR, max(_MIN_FACTOR, self._real_s / self._estimated_s))
 
-    def begin_server(self, servers_left: int) -> None:
-        """A server is about to start; `servers_left` includes it."""
+    def begin_server(self, share: float) -> None:
+        """A server is about to start. `share`: its planned part of all planned time left."""
         if self._limit_s is not None:
             left_s = max(0.0, self._limit_s - self.elapsed_s)
-            self._deadline_s = self.elapsed_s + left_s / max(1, servers_left)
+            self._deadline_s = self.elapsed_s + left_s * share
+
+    def has(self, seconds: float) -> bool:
+        """Whether so much is left of the whole run's limit."""
+        return self._limit_s is None or self.elapsed_s + seconds <= self._limit_s
 
     def allows(self, estimate_s: float) -> bool:
         """Whether a step fits into the running server's share."""

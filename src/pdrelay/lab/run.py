@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -17,17 +16,16 @@ from pdrelay.errors import LaunchError, PdrelayError
 from pdrelay.lab.budget import Budget
 from pdrelay.lab.config import LabConfig
 from pdrelay.lab.environment import environment, git_commit
-from pdrelay.lab.experiments import interference, shapes, traffic, ttft
-from pdrelay.lab.experiments.base import Context, Step
+from pdrelay.lab.experiments import traffic
+from pdrelay.lab.experiments.base import Context
 from pdrelay.lab.gpu_watch import GpuWatch
+from pdrelay.lab.plan import PlannedServer, plan, steps_of
 from pdrelay.lab.progress import Reporter
 from pdrelay.lab.rundir import LaunchInfo, RunInfo, claim_directory, write_json
 from pdrelay.lab.server import Launcher, ServerHandle, engine_in
 from pdrelay.lab.topology import LabTopology
 from pdrelay.telemetry.source import OpenGpus, open_source
 
-START_S = 8.0  # estimate of starting, warming up and stopping a server
-WARMUP_LENGTHS = (64, 512, 2048)
 WARMUP_OUTPUT_LEN = 16
 SYNTHETIC_TRACE_FILE = "synthetic_trace.csv"
 
@@ -56,14 +54,6 @@ async def run_lab(
     return await _Lab(config, launcher, reporter, open_gpus).run()
 
 
-def schedule(topologies: Sequence[LabTopology], repeats: int) -> list[tuple[LabTopology, int]]:
-    """Starts in order: each repeat visits all topologies, one place further round each time."""
-    count = len(topologies)
-    return [
-        (topologies[(place + rep) % count], rep) for rep in range(repeats) for place in range(count)
-    ]
-
-
 class _Lab:
     def __init__(
         self, config: LabConfig, launcher: Launcher, reporter: Reporter, open_gpus: OpenGpus
@@ -73,9 +63,7 @@ class _Lab:
         self._open_gpus = open_gpus
         self._reporter = reporter
         self._so_far = _Progress(trace_path=config.trace.path if config.trace else None)
-        first = config.baseline  # its capacity sets everybody's rates
-        order = [first, *(t for t in config.topologies if t != first)]
-        self._schedule = schedule(order, config.repeats)
+        self._plan = plan(config)
         self._info = self._run_info()
         self._budget = Budget(config.scale.budget_s)
 
@@ -103,25 +91,30 @@ class _Lab:
         self._save_info()
         write_json(self._config.out / "environment.json", environment())
         failures: list[str] = []
-        for index, (topology, rep) in enumerate(self._schedule):
-            starts_left = len(self._schedule) - index
-            self._budget.begin_server(starts_left)
+        for index, planned in enumerate(self._plan):
+            left = [server for server in self._plan[index:] if self._budget.has(server.start_s)]
+            where = f"{planned.topology.label}, repeat {planned.rep}"
+            if planned not in left:
+                self._note(f"{where}: left out, its start would pass the time limit")
+                continue
+            self._budget.begin_server(planned.total_s / sum(server.total_s for server in left))
             try:
-                await self._one_start(topology, rep, starts_left)
+                await self._one_start(planned, left[1:])
             except PdrelayError as error:
                 failures.append(str(error))
-                self._note(f"{topology.label}, repeat {rep}: {error}")
+                self._note(f"{where}: {error}")
         self._info.ended = _now()
         self._save_info()
-        if len(failures) == len(self._schedule):
+        if len(failures) == len(self._plan):
             raise LaunchError(f"no server started; the first failure: {failures[0]}")
         return self._info
 
     # ---- one server
 
-    async def _one_start(self, topology: LabTopology, rep: int, starts_left: int) -> None:
-        self._tell(f"{topology.label}: starting", starts_left, START_S)
-        began = time.monotonic()
+    async def _one_start(self, planned: PlannedServer, later: list[PlannedServer]) -> None:
+        topology, rep = planned.topology, planned.rep
+        later_s = sum(server.total_s for server in later)
+        self._tell(f"{topology.label}: starting", planned.total_s + later_s)
         async with AsyncExitStack() as stack:
             server = await self._start(topology, rep)
             stack.push_async_callback(server.stop)
@@ -129,8 +122,7 @@ class _Lab:
             stack.callback(gpus.stop)
             self._save_launch(topology, server)
             context = await self._prepare(topology, rep, server)
-            startup_s = time.monotonic() - began
-            await self._run_steps(context, starts_left, startup_s)
+            await self._run_steps(context, later_s)
             write_json(self._directory(topology) / "workers.json", server.workers())
 
     def _gpu_file(self, topology: LabTopology, rep: int) -> Path:
@@ -179,7 +171,7 @@ class _Lab:
         )
         await self._warm_up(context)
         if "traffic" in self._config.experiments:
-            if self._so_far.capacity_rps is None:
+            if self._so_far.capacity_rps is None and not context.scale.rates:
                 await self._measure_capacity(context)
             context.capacity_rps = self._so_far.capacity_rps
             context.trace_path = self._so_far.trace_path
@@ -189,7 +181,7 @@ class _Lab:
         """Every instance computes every length class once, with other prompts than measured."""
         lengths = [
             (length, WARMUP_OUTPUT_LEN)
-            for length in WARMUP_LENGTHS
+            for length in context.scale.warmup_lengths
             for _ in range(2 * context.topology.num_gpus)
             if context.fits(length, WARMUP_OUTPUT_LEN)
         ]
@@ -206,7 +198,7 @@ class _Lab:
         so_far = self._so_far
         self._info.baseline = context.topology.name
         so_far.capacity_rps = self._info.capacity_rps = await traffic.measure_capacity(context)
-        if so_far.trace_path is None:
+        if so_far.trace_path is None and self._config.scale.synthetic_trace_s > 0:
             so_far.trace_path = self._config.out / SYNTHETIC_TRACE_FILE
             seed = context.seed("synthetic trace")
             seconds = self._config.scale.synthetic_trace_s
@@ -215,22 +207,13 @@ class _Lab:
 
     # ---- its steps
 
-    def _steps(self, context: Context) -> list[Step]:
-        makers = {
-            "ttft": ttft.steps,
-            "traffic": traffic.steps,
-            "interference": interference.steps,
-            "shapes": shapes.steps,
-        }
-        return [step for name in self._config.experiments for step in makers[name](context)]
-
-    async def _run_steps(self, context: Context, starts_left: int, startup_s: float) -> None:
-        steps = self._steps(context)
+    async def _run_steps(self, context: Context, later_s: float) -> None:
+        """`later_s`: of the servers after this one."""
+        steps = steps_of(context)
         label = context.topology.label
         for index, step in enumerate(steps):
-            ahead_s = sum(later.estimate_s for later in steps[index:])
-            server_s = sum(each.estimate_s for each in steps) + startup_s
-            self._tell(f"{label}: {step.name}", starts_left, ahead_s, server_s)
+            ahead_s = sum(each.estimate_s for each in steps[index:])
+            self._tell(f"{label}: {step.name}", ahead_s + later_s)
             if not self._budget.allows(step.estimate_s):
                 self._note(f"{label}, {step.name}: left out, the time limit would be passed")
                 continue
@@ -241,10 +224,9 @@ class _Lab:
                 self._note(f"{label}, {step.name}: {error}")
             self._budget.over(step.estimate_s, time.monotonic() - began)
 
-    def _tell(self, name: str, starts_left: int, ahead_s: float, server_s: float = 80.0) -> None:
-        """`ahead_s` on this server, and `server_s` on each one still to come."""
-        left_s = (ahead_s + (starts_left - 1) * server_s) * self._budget.factor
-        self._reporter.work_left(self._budget.elapsed_s, left_s)
+    def _tell(self, name: str, ahead_s: float) -> None:
+        """`ahead_s`: estimate of all that is still to come."""
+        self._reporter.work_left(self._budget.elapsed_s, ahead_s * self._budget.factor)
         self._reporter.step(name)
 
     def _note(self, text: str) -> None:

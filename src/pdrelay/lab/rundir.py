@@ -18,9 +18,11 @@ every other tag (`probe-512`, `long`, `chat`, ...) is measured traffic.
 Cases by experiment, and the parameters the report reads:
 
     ttft          idle | busy                    parameters: num_streams
-    traffic       poisson-<i> | trace            parameters: rate_fraction, workload
+    traffic       poisson-<i> | trace | fixed    parameters: rate_fraction, workload
+                  fixed-idle                     the fixed load's requests on an idle server
     interference  interference                   parameters: num_streams, long_input_len
     shapes        short-short | long-short | short-long   parameters: input_len, output_len
+                  streams-<n>                    parameters: num_streams
 """
 
 from __future__ import annotations
@@ -41,6 +43,10 @@ from pdrelay.telemetry.log import GpuRecord, read_gpu_record
 
 SCHEMA_VERSION = 1
 STREAM_TAG = "stream"
+POISSON_CASE = "poisson-"  # followed by its index
+FIXED_CASE = "fixed"
+FIXED_IDLE_CASE = "fixed-idle"
+STREAMS_CASE = "streams-"  # followed by their number
 EXPERIMENTS = ("ttft", "traffic", "interference", "shapes")
 
 T = TypeVar("T")

@@ -20,6 +20,7 @@ from pdrelay.core.kv_layout import KVLayout
 from pdrelay.errors import LaunchError
 from pdrelay.lab.rundir import WorkerInfo
 from pdrelay.lab.topology import LabTopology
+from pdrelay.launch import child
 
 STOP_S = 20.0  # for a drained server to exit before it is killed
 _POLL_S = 0.02
@@ -120,7 +121,10 @@ class ChildServer:
 
 @dataclass(frozen=True)
 class ChildLauncher:
-    """Starts `python -m pdrelay serve` on a free port. `command` is replaceable for tests."""
+    """Starts `python -m pdrelay serve` on a free port. `command` is replaceable for tests.
+
+    A server dies with this process, however it ends: it must not keep a GPU's memory.
+    """
 
     timeout_s: float
     command: tuple[str, ...] = (sys.executable, "-m", "pdrelay")
@@ -143,7 +147,7 @@ class ChildLauncher:
         began = time.monotonic()
         with log_path.open("ab") as log:
             process = await asyncio.create_subprocess_exec(
-                *self.command,
+                *tied(self.command),
                 *shown,
                 *private,
                 stdin=asyncio.subprocess.DEVNULL,
@@ -183,6 +187,11 @@ class ChildLauncher:
                 )
             await asyncio.sleep(_POLL_S)
         return ready
+
+
+def tied(command: Sequence[str]) -> list[str]:
+    """The command, started so that it is killed when this process (this thread) ends."""
+    return [sys.executable, "-I", "-S", child.__file__, str(os.getpid()), *command]
 
 
 def read_ready(path: Path) -> _Ready | None:

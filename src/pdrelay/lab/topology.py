@@ -109,17 +109,23 @@ def on_engines(topologies: Sequence[LabTopology], engines: Sequence[str]) -> lis
 
 def label_of(name: str) -> str:
     """What people read: `2 replicas`, `TP=2`, `P/D 1:1`, `vLLM P/D 1:1 (nixl)`."""
-    *before, shape = name.split(".")
+    *before, _ = name.split(".")
     engine = f"{_SHOWN.get(before[0], before[0])} " if before else ""
     connector = f" ({before[1]})" if len(before) > 1 else ""
-    kind, *counts = shape.split("-")
+    kind, counts = parse_name(name)
     if kind == "replicas":
-        shown = "1 replica" if counts == ["1"] else f"{counts[0]} replicas"
+        shown = "1 replica" if counts == (1,) else f"{counts[0]} replicas"
     elif kind == "tp":
         shown = f"TP={counts[0]}"
     else:
-        shown = f"P/D {':'.join(counts)}"
+        shown = f"P/D {':'.join(map(str, counts))}"
     return f"{engine}{shown}{connector}"
+
+
+def parse_name(name: str) -> tuple[str, tuple[int, ...]]:
+    """Kind and counts in a topology's name: `vllm.pd-1-1` is ("pd", (1, 1))."""
+    kind, *counts = name.rpartition(".")[2].split("-")
+    return kind, tuple(map(int, counts))
 
 
 def is_pd(name: str) -> bool:

@@ -170,7 +170,7 @@ def best_goodput(name: str, traffic: list[TrafficRow]) -> TrafficRow | None:
     rows = [
         row
         for row in traffic
-        if row.topology == name and row.rate_fraction is not None and row.goodput.known
+        if row.topology == name and row.kind == "poisson" and row.goodput.known
     ]
     return max(rows, key=lambda row: row.goodput.value or 0.0, default=None)
 
@@ -333,7 +333,7 @@ def say_saturation(
         rows = [
             row
             for row in traffic
-            if row.topology == name and row.rate is not None and row.rate_fraction is not None
+            if row.topology == name and row.rate is not None and row.kind == "poisson"
         ]
         if not rows:
             continue

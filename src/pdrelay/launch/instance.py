@@ -188,5 +188,6 @@ def launch_error(instance: Instance) -> LaunchError:
     """Why `instance`, which has ended, never became ready, and the fix where its log shows one."""
     said = [line for rank in instance.ranks for line in rank.log.tail]
     findings = diagnose("\n".join([*said, instance.reason]))
-    known = f"; {findings[0]}" if findings and not instance.explained else ""
+    told = instance.explained or (findings and str(findings[0]) in instance.reason)
+    known = f"; {findings[0]}" if findings and not told else ""
     return LaunchError(f"worker {instance.instance} did not start: {instance.reason}{known}")

@@ -73,6 +73,7 @@ class RankPlan:
             load_format=resolved.load_format,
             device=self._device(spec, rank),
             dtype=resolved.dtype,
+            attention=engine.attention_backend,
             seed=engine.seed,
             max_model_len=resolved.max_model_len,
             block_size=resolved.layout.block_size,

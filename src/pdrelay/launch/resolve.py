@@ -67,6 +67,10 @@ def resolve(config: ServeConfig, model: ModelConfig, host: Host) -> ResolvedConf
         notes.append(f"device: {device} (auto; {host.num_gpus} GPUs)")
     if device == "cpu" and config.transport.name == "nccl":
         raise ConfigError("--transport nccl moves KV between GPUs: on CPU, use mapped or tcp")
+    if device == "cpu" and engine.attention_backend != "auto":
+        raise ConfigError(
+            f"--attention-backend {engine.attention_backend} runs on GPUs: leave it out on CPU"
+        )
     dtype = _dtype(config, device, model, notes)
     tp_size = tensor_parallel_size(config.topology)
     defaults = _DEFAULTS[device]

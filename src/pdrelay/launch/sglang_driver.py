@@ -22,8 +22,6 @@ OWNED = (  # chosen here: not to be given in --engine-args
     "--disaggregation-bootstrap-port",
     "--api-key",
 )
-# What makes streams carry new tokens only, newest name first (server_args.py).
-STREAM_FLAGS = ("--incremental-streaming-output", "--stream-output")
 _MODES = {Role.PREFILL: "prefill", Role.DECODE: "decode"}
 _HOST = "127.0.0.1"
 

@@ -6,29 +6,56 @@
   `CUDNN_STEP`, whose plans `build_plans` makes before service. The buffer's rows behind the prompt
   are read too; with causal masking they change nothing as long as they are finite, which the
   buffer guarantees, and the results of padding rows are dropped.
-- Chunks behind cached tokens, and decodes, read the pages.
+- Chunks behind cached tokens, and decodes, read the pages: own kernels, or others of the same
+  interface (`PagedAttention`).
 """
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 
 from pdrelay.engine.attention.base import AttentionShape
 from pdrelay.engine.attention.context import ForwardContext, PrefillSegment
-from pdrelay.engine.kernels.gpu import GpuKernels
 from pdrelay.engine.qkv_buffer import QkvBuffer
 
 CUDNN_STEP = 128  # prompt lengths share a plan in steps of this
 CUDNN_FROM = 256  # shorter prompts take FlashAttention-2: the gain is under 10 us a layer
 
 
+class PagedAttention(Protocol):
+    """Attention over pages; both methods are as in `GpuKernels`."""
+
+    def paged_decode(
+        self,
+        q: torch.Tensor,
+        kv_layer: torch.Tensor,
+        block_tables: torch.Tensor,
+        seq_lens: torch.Tensor,
+        scale: float,
+        out: torch.Tensor,
+        num_splits: int,
+    ) -> None: ...
+
+    def paged_prefill(
+        self,
+        q: torch.Tensor,
+        kv_layer: torch.Tensor,
+        block_table: torch.Tensor,
+        context_len: int,
+        scale: float,
+        out: torch.Tensor,
+    ) -> None: ...
+
+
 class CudaAttention:
     """Bits of a row depend on the kernel that runs it, so on lengths and batch bucket, not on the
     other rows."""
 
-    def __init__(self, shape: AttentionShape, kernels: GpuKernels, buffer: QkvBuffer) -> None:
+    def __init__(self, shape: AttentionShape, paged: PagedAttention, buffer: QkvBuffer) -> None:
         self._shape = shape
-        self._kernels = kernels
+        self._paged = paged
         self._buffer = buffer
         self._plans: set[int] = set()  # padded lengths that cuDNN has plans for; membership only
         self._q_width = shape.num_heads * shape.head_dim
@@ -66,7 +93,7 @@ class CudaAttention:
         out = torch.empty((q.shape[0], self._q_width), dtype=q.dtype, device=q.device)
         if decode is not None:
             rows = slice(decode.start, decode.start + decode.num_rows)
-            self._kernels.paged_decode(
+            self._paged.paged_decode(
                 q[rows],
                 kv_layer,
                 decode.block_tables,
@@ -80,7 +107,7 @@ class CudaAttention:
             if segment.context_len == 0:
                 out[rows] = self._fresh(segment)
                 continue
-            self._kernels.paged_prefill(
+            self._paged.paged_prefill(
                 q[rows],
                 kv_layer,
                 context.prefill_tables[i],

@@ -54,6 +54,13 @@ class GpuKernels(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(small_linear of RMSNorm(residual + x), residual + x), both new or `out`."""
 
+    def small_gate_up(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up, new, where (gate, up) = x @ `weight` [2 * I, K].T; max_small_rows at
+        most."""
+
+    def small_gate_up_wins(self, num_rows: int, out_features: int) -> bool:
+        """Whether `small_gate_up` is worth taking instead of cuBLAS and `silu_mul`."""
+
     def small_norm_gate_up(
         self,
         x: torch.Tensor | None,
@@ -144,6 +151,12 @@ class TorchKernels:
         h = self.add_rms_norm(x, residual, norm_weight, eps)
         return self.small_linear(h, weight, bias, out), residual
 
+    def small_gate_up(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return self.silu_mul(functional.linear(x, weight))
+
+    def small_gate_up_wins(self, num_rows: int, out_features: int) -> bool:
+        return True
+
     def small_norm_gate_up(
         self,
         x: torch.Tensor | None,
@@ -154,7 +167,7 @@ class TorchKernels:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         residual = residual.clone()
         h = self.add_rms_norm(x, residual, norm_weight, eps)
-        return self.silu_mul(functional.linear(h, weight)), residual
+        return self.small_gate_up(h, weight), residual
 
     def add_rms_norm(
         self, x: torch.Tensor | None, residual: torch.Tensor, weight: torch.Tensor, eps: float
@@ -340,6 +353,12 @@ class TritonKernels:
             x, residual, norm_weight, eps, weight, bias, total, out, pdl=self.pdl
         )
         return result, total
+
+    def small_gate_up(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return self._linear.gate_up_silu(x, weight, pdl=self.pdl)
+
+    def small_gate_up_wins(self, num_rows: int, out_features: int) -> bool:
+        return self._linear.gate_up_beats_cublas(num_rows, out_features, self._num_sms)
 
     def small_norm_gate_up(
         self,

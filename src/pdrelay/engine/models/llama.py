@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from pdrelay.core.rank_config import AttentionName
 from pdrelay.engine.attention import AttentionShape, ForwardContext
 from pdrelay.engine.backend import Backend, select_backend
 from pdrelay.engine.communicator import Communicator
@@ -44,6 +45,7 @@ class LlamaForCausalLM:
         communicator: Communicator,
         use_kernels: bool = True,
         backend: Backend | None = None,
+        attention: AttentionName = "auto",
     ) -> None:
         self._config = config
         self._communicator = communicator
@@ -52,7 +54,7 @@ class LlamaForCausalLM:
             num_kv_heads=config.num_kv_heads // communicator.world_size,
             head_dim=config.head_dim,
         )
-        self.backend = backend or select_backend(shape, dtype, device, use_kernels)
+        self.backend = backend or select_backend(shape, dtype, device, use_kernels, attention)
         self._ops, self._attention = self.backend.ops, self.backend.attention
         self._rope_table = rope_table(config, device)
         loader = _Loader(config, weights, self._ops, dtype, device, communicator)
@@ -111,7 +113,7 @@ class LlamaForCausalLM:
         eps, communicator = self._config.rms_norm_eps, self._communicator
         h = communicator.all_reduce_add_rms_norm(x, residual, norm, eps)
         if h is not None:
-            return self._ops.silu_mul(gate_up(h)), residual
+            return self._ops.gate_up_silu(h, gate_up), residual
         x = communicator.all_reduce_(x)
         return self._ops.norm_gate_up(x, residual, norm, eps, gate_up)
 

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from pdrelay.core.rank_config import AttentionName
 from pdrelay.engine.attention.context import ForwardContext
 from pdrelay.engine.backend import Backend
 from pdrelay.engine.communicator import Communicator, SingleCommunicator
@@ -45,11 +46,12 @@ def build_model(
     communicator: Communicator | None = None,
     use_kernels: bool = True,
     backend: Backend | None = None,
+    attention: AttentionName = "auto",
 ) -> CausalLM:
     """This rank's part of a model, weights loaded. Raises ModelError.
 
     `use_kernels=False` keeps to torch operations where own kernels would run; `backend` replaces
-    the choice altogether.
+    the choice altogether. `attention`: over pages, on CUDA. Raises LaunchError where it is not.
     """
     communicator = SingleCommunicator() if communicator is None else communicator
     check_tp(config, communicator.world_size)
@@ -64,5 +66,6 @@ def build_model(
         communicator=communicator,
         use_kernels=use_kernels,
         backend=backend,
+        attention=attention,
     )
     return built

@@ -19,5 +19,16 @@ def __getattr__(name: str) -> Any:
     if name == "PdrelayConnector":
         from pdrelay.integrations.vllm.connector import PdrelayConnector
 
+        _register()
         return PdrelayConnector
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _register() -> None:
+    """By name, too: MultiConnector looks up so whose statistics it has."""
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    try:
+        KVConnectorFactory.register_connector("PdrelayConnector", __name__, "PdrelayConnector")
+    except ValueError:  # it was asked for before
+        return

@@ -58,14 +58,8 @@ class PdrelayMetadata(KVConnectorMetadata):
 class PdrelayConnector(KVConnectorBase_V1):
     """See the package's docstring for how to start vLLM with it."""
 
-    def __init__(
-        self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any = None
-    ) -> None:
-        try:
-            super().__init__(vllm_config, role, kv_cache_config)
-        except TypeError:  # before kv_cache_config was added
-            super().__init__(vllm_config, role)
-            self._kv_cache_config = kv_cache_config
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
         transfer = vllm_config.kv_transfer_config
         self._config = connector_config(
             transfer.kv_connector_extra_config,
@@ -79,7 +73,8 @@ class PdrelayConnector(KVConnectorBase_V1):
         if role is KVConnectorRole.SCHEDULER:
             self._scheduler = SchedulerHalf(vllm_config, self._config, address)
         else:
-            self._worker = WorkerHalf(vllm_config, self._config, address, kv_cache_config)
+            num_blocks = kv_cache_config.num_blocks
+            self._worker = WorkerHalf(vllm_config, self._config, address, num_blocks)
 
     # ---- scheduler
 
@@ -114,6 +109,7 @@ class PdrelayConnector(KVConnectorBase_V1):
         return self._books.finished(request, block_ids)
 
     def has_pending_push_work(self) -> bool:
+        """Asked from 0.24 on; 0.23 steps while any finished request's blocks are held."""
         return self._books.producer.num_held > 0
 
     # ---- worker
@@ -218,7 +214,7 @@ class SchedulerHalf:
         cached = output.scheduled_cached_reqs
         for i, request_id in enumerate(cached.req_ids):
             if self.producer.tracks(request_id):
-                anew = _is_resumed(cached, i)
+                anew = request_id in cached.resumed_req_ids
                 blocks: Any = cached.new_block_ids[i] or ([],)
                 self._scheduled(output, request_id, blocks, anew, cached.num_computed_tokens[i])
         plan = self.producer.take()
@@ -284,12 +280,12 @@ class WorkerHalf:
     """One rank's producer and consumer, as far as its role has them."""
 
     def __init__(
-        self, vllm_config: Any, config: ConnectorConfig, address: str, kv_cache_config: Any
+        self, vllm_config: Any, config: ConnectorConfig, address: str, num_blocks: int
     ) -> None:
         self._vllm_config = vllm_config
         self._config = config
         self._address = address
-        self._kv_cache_config = kv_cache_config
+        self._num_blocks = num_blocks
         self._layer_index: dict[str, int] = {}
         self._producer: ProducerService | None = None
         self._consumer: Consumer | None = None
@@ -299,10 +295,10 @@ class WorkerHalf:
 
         self.close()  # caches may be registered anew
         transfer = self._vllm_config.kv_transfer_config
-        cache = self._vllm_config.cache_config
-        num_blocks = getattr(self._kv_cache_config, "num_blocks", None) or cache.num_gpu_blocks
         layout, storages, self._layer_index = describe(
-            kv_caches, num_blocks=num_blocks, block_size=cache.block_size
+            kv_caches,
+            num_blocks=self._num_blocks,
+            block_size=self._vllm_config.cache_config.block_size,
         )
         pages = create_pages(
             self._config.transport, layout, storages, share=transfer.is_kv_consumer
@@ -381,22 +377,13 @@ def check_supported(vllm_config: Any) -> None:
 
 
 def _data_parallel_rank(vllm_config: Any) -> int:
-    parallel = vllm_config.parallel_config
-    index = getattr(parallel, "data_parallel_index", None)  # older versions: the rank alone
-    return int(parallel.data_parallel_rank if index is None else index)
+    return int(vllm_config.parallel_config.data_parallel_index)
 
 
 def _only_group(block_ids: Any) -> list[int]:
     """Block ids of the one KV cache group there is (vLLM gives a list a group)."""
     assert len(block_ids) == 1, "PdrelayConnector supports models with one KV cache group"
     return list(block_ids[0])
-
-
-def _is_resumed(cached: Any, i: int) -> bool:
-    resumed = getattr(cached, "resumed_req_ids", None)
-    if resumed is not None:
-        return cached.req_ids[i] in resumed
-    return bool(cached.resumed_from_preemption[i])
 
 
 def _prompt(request: Any) -> Prompt:

@@ -1,7 +1,7 @@
 """KV pages on an accelerator: the producer opens the consumer's memory and copies on a side stream.
 
 The copies of a layer wait on the device for the kernels that wrote it, so that neither the engine's
-thread nor its stream waits for them.
+thread nor its stream waits for them. Where the device can, one kernel copies all that is due.
 """
 
 from __future__ import annotations
@@ -10,12 +10,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from pdrelay.core.kv_layout import contiguous_runs
 from pdrelay.errors import TransportError
+from pdrelay.integrations.vllm.page_grid import page_grid
 from pdrelay.integrations.vllm.page_layout import LayerLayout, PageLayout
 from pdrelay.integrations.vllm.pages import Fence, Move, PassedFence
-from pdrelay.transport.device import Copy, Device, Event, Run
+from pdrelay.transport.device import BlockPairs, Copy, Device, Event, PageMove, Run
+
+Blocks = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,9 @@ class DeviceKVPages:
         self.layout = layout
         self.device = device
         self.addresses = [region.address for region in regions]
+        self.grid = page_grid(layout, self.addresses)
+        if self.grid is not None:
+            device.prepare_page_copies(self.grid.pool)
         self.bind_thread = bind_thread
         self._regions = regions
         self._on_compute_stream = on_compute_stream
@@ -102,7 +110,7 @@ class DeviceWriter:
         self._mapped: dict[bytes, int] = {}  # a handle may name several regions
         self._last_copy: Copy | None = None
         self._last_blocks: tuple[Sequence[int], Sequence[int]] = ((), ())
-        self._last_runs: list[tuple[int, int, int]] = []
+        self._last_sorted: tuple[Blocks, Blocks] = (np.empty(0, np.int64), np.empty(0, np.int64))
         if len(regions) != len(layout.region_bytes):
             raise TransportError("one memory handle a region is due")
         for region, num_bytes in zip(regions, layout.region_bytes, strict=True):
@@ -113,6 +121,7 @@ class DeviceWriter:
         except TransportError:
             self.close()
             raise
+        self._grid = page_grid(layout, self._addresses)
 
     def _map(self, region: SharedRegion) -> int:
         address = self._mapped.get(region.handle)
@@ -122,29 +131,53 @@ class DeviceWriter:
         return address
 
     def write(self, moves: Sequence[Move]) -> int:
+        num_pieces = 0
+        if moves:
+            self._pages.bind_thread()
+            self._last_copy, num_pieces = self._copy_pages(moves) or self._copy_runs(moves)
+            self._pages.last_copy = self._last_copy
+        return num_pieces
+
+    def _copy_pages(self, moves: Sequence[Move]) -> tuple[Copy, int] | None:
+        """All as pages, where both sides' lie in a grid."""
+        mine, theirs, pages = self._pages.grid, self._grid, self._pages
+        if mine is None or theirs is None:
+            return None
+        src, dst = [], []
+        for move in moves:
+            src_blocks, dst_blocks = self._sorted(move)
+            src.append(mine.pages(move.layer, src_blocks))
+            dst.append(theirs.pages(move.layer, dst_blocks))
+        pairs = BlockPairs(np.concatenate(src).tolist(), np.concatenate(dst).tolist())
+        move_all = [PageMove(0, pairs)]
+        copy = pages.device.copy_pages(mine.pool, theirs.pool, move_all, pages.written)
+        return copy, len(pairs.runs)
+
+    def _copy_runs(self, moves: Sequence[Move]) -> tuple[Copy, int]:
         pages = self._pages
         runs: list[Run] = []
         for move in moves:
             source, target = pages.layout.layers[move.layer], self._target.layers[move.layer]
+            src_blocks, dst_blocks = self._sorted(move)
             runs += layer_runs(
                 source,
                 pages.addresses[source.region],
                 target,
                 self._addresses[target.region],
-                self._block_runs(move),
+                list(contiguous_runs(src_blocks.tolist(), dst_blocks.tolist())),
             )
-        if runs:
-            pages.bind_thread()
-            self._last_copy = pages.last_copy = pages.device.copy(runs, pages.written)
-        return len(runs)
+        return pages.device.copy(runs, pages.written), len(runs)
 
-    def _block_runs(self, move: Move) -> list[tuple[int, int, int]]:
-        """Found once for the layers of a chunk."""
+    def _sorted(self, move: Move) -> tuple[Blocks, Blocks]:
+        """The move's blocks in the order of the source's: vLLM hands out freed blocks backwards,
+        and where both sides do, they are one run. Found once for the layers of a chunk."""
         blocks = (move.src_blocks, move.dst_blocks)
         if blocks != self._last_blocks:
             self._last_blocks = blocks
-            self._last_runs = list(contiguous_runs(*blocks))
-        return self._last_runs
+            src = np.array(move.src_blocks, np.int64)
+            order = np.argsort(src)
+            self._last_sorted = (src[order], np.array(move.dst_blocks, np.int64)[order])
+        return self._last_sorted
 
     def fence(self) -> Fence:
         return self._last_copy or PassedFence()

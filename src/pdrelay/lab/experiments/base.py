@@ -17,9 +17,10 @@ from pdrelay.bench.server_info import ServerInfo
 from pdrelay.bench.token_ids import DEFAULT_VOCAB_SIZE
 from pdrelay.bench.traces import TraceInfo
 from pdrelay.bench.workload import from_lengths
-from pdrelay.lab.config import LabConfig, Scale
+from pdrelay.lab.config import LabConfig
 from pdrelay.lab.host_load import foreign_cores, sample
 from pdrelay.lab.rundir import STREAM_TAG, Case, CaseInfo, write_case
+from pdrelay.lab.scale import Scale
 from pdrelay.lab.topology import LabTopology
 
 STREAM_INPUT_LEN = 32
@@ -29,9 +30,10 @@ _END_S = 30.0  # for cancelled streams to end
 
 @dataclass(frozen=True)
 class Step:
-    """One piece of work. `estimate_s` is for `tiny` on two cores."""
+    """One piece of work, which saves one case. `estimate_s` is by the scale's pace."""
 
     name: str
+    case: str
     estimate_s: float
     run: Callable[[], Awaitable[None]]
 
@@ -69,6 +71,11 @@ class Context:
     def vocab_size(self) -> int:
         return self.server.vocab_size or DEFAULT_VOCAB_SIZE
 
+    def fitted(self, input_len: int, output_len: int) -> int:
+        """The input length, or as much of it as the context leaves beside the output."""
+        limit = self.server.max_model_len
+        return input_len if limit is None else max(1, min(input_len, limit - output_len))
+
     def prompts(
         self, lengths: Sequence[tuple[int, int]], *seed_parts: object, tag: str = ""
     ) -> list[BenchRequest]:
@@ -105,7 +112,7 @@ class Context:
         limit = self.server.max_model_len
         if limit is not None:
             output_len = max(1, min(output_len, limit - STREAM_INPUT_LEN))
-        lengths = [(STREAM_INPUT_LEN, output_len)] * (count * STREAM_WAVES)
+        lengths = stream_lengths(count, output_len)
         requests = self.prompts(lengths, name, "streams", tag=STREAM_TAG)
         stop = asyncio.Event()
         records: list[ClientRecord] = []
@@ -155,6 +162,9 @@ class Context:
         write_case(self.config.out, Case(info, [*streams, *result.records]))
 
 
-def prefill_s(tokens: int) -> float:
-    """Prefill of `tiny` in float32 on one core, roughly; for estimates only."""
-    return 7.5e-5 * tokens + 2.67e-8 * tokens**2
+def stream_lengths(count: int, output_len: int) -> list[tuple[int, int]]:
+    """(input, output) of background streams. Those of the first wave end one after the other, so
+    that later ones neither begin all at once nor meet long contexts all at once."""
+    first = [max(2, output_len * (index + 1) // count) for index in range(count)]
+    later = [output_len] * (count * (STREAM_WAVES - 1))
+    return [(STREAM_INPUT_LEN, length) for length in (*first, *later)]

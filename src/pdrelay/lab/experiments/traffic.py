@@ -1,12 +1,12 @@
 """Experiment 2: Poisson arrivals of chat-like lengths up to saturation, and a trace.
 
-Rates are shares of the baseline's capacity, measured once, so that every topology is offered the
-same load.
+Every topology is offered the same load: rates that the scale names, or shares of the baseline's
+capacity, measured once.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pdrelay.bench import arrivals
@@ -15,27 +15,58 @@ from pdrelay.bench.request import BenchRequest, with_arrivals
 from pdrelay.bench.traces import TraceInfo, read_trace
 from pdrelay.bench.workload import chat_like
 from pdrelay.lab.config import TraceConfig
+from pdrelay.lab.experiments import fixed
 from pdrelay.lab.experiments.base import Context, Step
+from pdrelay.lab.rundir import POISSON_CASE
 
 MIN_REQUESTS = 12
-MAX_REQUESTS = 1000
+MAX_REQUESTS = 2000
+MAX_INPUT_LEN = 1024
 CAPACITY_CONCURRENCY = 8
 CAPACITY_REQUESTS = 40
 _DRAIN_S = 2.0
 
 
 def steps(context: Context) -> list[Step]:
-    """Needs context.capacity_rps and context.trace_path."""
-    seconds = context.scale.traffic_s
-    poisson = [
-        Step(
-            f"2 traffic, {fraction:g} × capacity",
-            seconds + _DRAIN_S * max(0.5, fraction),
-            lambda index=index, fraction=fraction: _poisson(context, index, fraction),  # type: ignore[misc]
-        )
-        for index, fraction in enumerate(context.scale.rate_fractions)
-    ]
-    return [*poisson, Step("2 traffic, trace", _trace_s(context), lambda: _trace(context))]
+    """Needs context.trace_path, and context.capacity_rps where rates are shares of it."""
+    scale = context.scale
+    found = [_poisson_step(context, *each) for each in enumerate(offered(context))]
+    found += fixed.steps(context)
+    if context.config.trace is not None or scale.synthetic_trace_s > 0:
+        found.append(Step("2 traffic, trace", "trace", _trace_s(context), lambda: _trace(context)))
+    return found
+
+
+@dataclass(frozen=True)
+class Offered:
+    """A load of chat-like requests."""
+
+    rate: float  # requests/s
+    fraction: float | None  # of the baseline's capacity, where that was measured
+
+    @property
+    def label(self) -> str:
+        return f"{self.rate:g}/s" if self.fraction is None else f"{self.fraction:g} × capacity"
+
+
+def offered(context: Context) -> list[Offered]:
+    """The scale's rates, or its shares of the capacity."""
+    scale, capacity = context.scale, context.capacity_rps
+    if scale.rates:
+        return [Offered(rate, None) for rate in scale.rates]
+    assert capacity is not None
+    return [Offered(fraction * capacity, fraction) for fraction in scale.rate_fractions]
+
+
+def _poisson_step(context: Context, index: int, load: Offered) -> Step:
+    scale = context.scale
+    longest_s = scale.pace.request(MAX_INPUT_LEN, scale.chat_max_output_len)
+    return Step(
+        f"2 traffic, {load.label}",
+        f"{POISSON_CASE}{index}",
+        scale.traffic_s + longest_s + 0.5,
+        lambda: _poisson(context, index, load),
+    )
 
 
 async def measure_capacity(context: Context) -> float:
@@ -57,8 +88,7 @@ def steady_rate(result: LoadResult) -> float:
 
 def _chat(context: Context, count: int, name: str) -> list[BenchRequest]:
     scale = context.scale
-    limit = context.server.max_model_len
-    longest = 1024 if limit is None else max(8, min(1024, limit - scale.chat_max_output_len))
+    longest = max(8, context.fitted(MAX_INPUT_LEN, scale.chat_max_output_len))
     return chat_like(
         count,
         vocab_size=context.vocab_size,
@@ -70,16 +100,19 @@ def _chat(context: Context, count: int, name: str) -> list[BenchRequest]:
     )
 
 
-async def _poisson(context: Context, index: int, fraction: float) -> None:
-    assert context.capacity_rps is not None
-    rate = fraction * context.capacity_rps
-    count = min(MAX_REQUESTS, max(MIN_REQUESTS, round(rate * context.scale.traffic_s)))
-    name = f"poisson-{index}"
-    times = arrivals.poisson(rate, count, context.seed("arrivals", name))
+async def _poisson(context: Context, index: int, load: Offered) -> None:
+    count = min(MAX_REQUESTS, max(MIN_REQUESTS, round(load.rate * context.scale.traffic_s)))
+    name = f"{POISSON_CASE}{index}"
+    times = arrivals.poisson(load.rate, count, context.seed("arrivals", name))
     requests = with_arrivals(_chat(context, count, name), times)
     result = await context.load(name, requests, OpenLoop())
     context.save(
-        "traffic", name, result, rate=rate, rate_fraction=fraction, workload="chat-like, Poisson"
+        "traffic",
+        name,
+        result,
+        rate=load.rate,
+        rate_fraction=load.fraction,
+        workload="chat-like, Poisson",
     )
 
 

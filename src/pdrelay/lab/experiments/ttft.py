@@ -9,7 +9,7 @@ import random
 
 from pdrelay.bench.client import ClosedLoop
 from pdrelay.bench.request import BenchRequest
-from pdrelay.lab.experiments.base import Context, Step, prefill_s
+from pdrelay.lab.experiments.base import Context, Step
 
 PROBE_OUTPUT_LEN = 8  # enough gaps to tell the hand-over from an ordinary one
 _BUSY_FACTOR = 1.6
@@ -17,8 +17,11 @@ _BUSY_FACTOR = 1.6
 
 def steps(context: Context) -> list[Step]:
     scale = context.scale
-    idle_s = sum(count * (prefill_s(length) + 0.03) for length, count in scale.probes)
-    busy_s = sum(count * (prefill_s(length) + 0.04) for length, count in scale.busy_probes)
+    pace = scale.pace
+    idle_s = sum(count * pace.request(length, PROBE_OUTPUT_LEN) for length, count in scale.probes)
+    busy_s = sum(
+        count * pace.request(length, PROBE_OUTPUT_LEN) for length, count in scale.busy_probes
+    )
 
     async def idle() -> None:
         probes = _probes(context, "idle", scale.probes)
@@ -32,8 +35,8 @@ def steps(context: Context) -> list[Step]:
         context.save("ttft", "busy", result, streams=streams, num_streams=scale.num_streams)
 
     both = [
-        Step("1 TTFT, idle", idle_s, idle),
-        Step("1 TTFT, streams decoding", busy_s * _BUSY_FACTOR, busy),
+        Step("1 TTFT, idle", "idle", idle_s, idle),
+        Step("1 TTFT, streams decoding", "busy", busy_s * _BUSY_FACTOR, busy),
     ]
     return both if scale.busy_probes else both[:1]
 

@@ -14,6 +14,10 @@ PLACEMENTS = ("contiguous", "scattered")
 DEFAULT_LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 DEFAULT_BLOCK_SIZES = (16, 64)
 DEFAULT_REPEATS = 12  # a median needs 11 samples
+ONE_GPU = (
+    "One GPU: both processes are on it, and the link between their pools is its own memory, whose "
+    "bandwidth reads and writes share, also with the computation."
+)
 
 # What a network or bus is sold as; overheads of its protocol are not taken off.
 LINKS = (
@@ -46,6 +50,8 @@ class ServeConfig:
     repeats: int
     args: tuple[str, ...] = ()  # passed to `pdrelay serve`
     startup_timeout_s: float = 300.0
+    side_by_side: bool = True  # both servers at once, requests in turn
+    apart: bool = True  # one server after the other, as the lab's first experiment
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ class KvConfig:
     transports: tuple[str, ...]
     lengths: tuple[int, ...]
     block_sizes: tuple[int, ...]
+    num_gpus: int = 0  # in this machine; 0 on CPU
     placements: tuple[str, ...] = PLACEMENTS
     repeats: int = DEFAULT_REPEATS
     predict_only: bool = False
@@ -69,6 +76,18 @@ class KvConfig:
     timeout_s: float = 60.0
     seed: int = 0
     argv: tuple[str, ...] = ()
+
+    @property
+    def devices(self) -> tuple[str, str]:
+        """The producer's and the consumer's."""
+        if self.device == "cpu":
+            return "cpu", "cpu"
+        return "cuda:0", "cuda:1" if self.num_gpus > 1 else "cuda:0"
+
+    @property
+    def remark(self) -> str:
+        """What qualifies the measured link, or nothing."""
+        return ONE_GPU if self.device == "cuda" and self.num_gpus == 1 else ""
 
     def as_json(self) -> dict[str, Any]:
         """For run.json: plain values."""

@@ -54,6 +54,8 @@ class Cuda:
 
     def create_pages(self, layout: KVLayout) -> Any:
         self._pages = self._create(layout, self._ordinal)
+        # Events and streams are made in the current context, which torch left at GPU 0's.
+        self._pages.device.make_current()
         return self._pages
 
     def fill(self, pages: Any, seed: int) -> None:

@@ -40,6 +40,7 @@ class TransferRow(msgspec.Struct, kw_only=True):
     copy_share: plain copy's time over bulk's, same bytes, paired by repeat. exposed: layer by
     layer, from the end of the last layer's computation to the consumer knowing. added: by which
     computation and sending in turn took longer than the median of the same computation alone.
+    slowed: the same as a ratio, paired by repeat.
     """
 
     transport: str
@@ -54,6 +55,7 @@ class TransferRow(msgspec.Struct, kw_only=True):
     copy_share: Estimate
     exposed: Estimate
     added: Estimate
+    slowed: Estimate
 
 
 class LinkFigures(msgspec.Struct, kw_only=True):
@@ -101,6 +103,18 @@ class ServeRow(msgspec.Struct, kw_only=True):
     num_pieces: float
 
 
+class SideBySideRow(msgspec.Struct, kw_only=True):
+    """One prompt length on two servers at once. Ratios: medians over pairs of requests."""
+
+    tokens: int
+    prefill: Estimate  # on P, with hand-over
+    prefill_alone: Estimate  # one replica
+    prefill_ratio: Estimate
+    ttft: Estimate
+    ttft_alone: Estimate
+    ttft_ratio: Estimate
+
+
 class KvSummary(msgspec.Struct, kw_only=True):
     """`summary.json`."""
 
@@ -111,6 +125,7 @@ class KvSummary(msgspec.Struct, kw_only=True):
     copies: list[CopyRow]
     peak_gb_per_s: float | None  # of the plain copies' medians, the highest
     transfers: list[TransferRow]
+    side_by_side: list[SideBySideRow]
     predictions: list[LinkFigures]
     serve: list[ServeRow]
     serve_notes: list[str]

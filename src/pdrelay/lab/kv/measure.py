@@ -11,7 +11,7 @@ import msgspec
 from pdrelay.core.kv_layout import KVLayout
 from pdrelay.errors import TransportError
 from pdrelay.lab.host_load import foreign_cores, sample
-from pdrelay.lab.kv.config import KvConfig
+from pdrelay.lab.kv.config import GPU, KvConfig
 from pdrelay.lab.kv.model import Compute, Link, Roofline
 from pdrelay.lab.kv.pair import POOL_REQUESTS, Pair
 from pdrelay.lab.kv.rundir import SampleRecord
@@ -20,9 +20,10 @@ from pdrelay.model.config import ModelConfig, kv_layout
 
 ROUNDS = 2  # visits of each page size, in opposite orders
 SLACK_BLOCKS = 16  # so that a contiguous run does not always begin at block 0
-# Stand-in computation is cut off here: overlap needs it longer than the transfer, not as long as
-# prefill.
-_MAX_COMPUTE_S = 0.03
+# Stand-in computation is cut off here. A core's prefill of a long prompt takes seconds, and overlap
+# needs it longer than the transfer, not that long; a GPU's is as long as prefill.
+_MAX_COMPUTE_S = {"cpu": 0.03, "cuda": 0.3}
+_CORE_BYTES_PER_S = 1e10
 
 
 @dataclass(frozen=True)
@@ -97,11 +98,10 @@ class Measurement:
     def _round(self, block_size: int, repeats: range) -> Iterator[list[SampleRecord]]:
         config = self._config
         layout = layout_of(config, self._shape, block_size)
-        devices = ("cpu", "cpu") if config.device == "cpu" else ("cuda:0", "cuda:1")
         with Pair(
             layout,
             config.transports,
-            devices,
+            config.devices,
             timeout_s=config.timeout_s,
             log=config.out / "endpoints.log",
         ) as pair:
@@ -155,10 +155,11 @@ class Measurement:
         """Units of computation a layer: as long as the roofline's prefill, or the limit."""
         if not up.unit_ns:
             return 0
-        compute = Compute("this core", up.flops_per_s, 1e10, "measured")
         config = self._config
+        memory = _CORE_BYTES_PER_S if config.device == "cpu" else GPU.bytes_per_s
+        compute = Compute("this device", up.flops_per_s, memory, "measured")
         model = Roofline(self._shape, config.dtype, 1, compute, Link("", 1.0, False, ""))
-        seconds = min(model.prefill_s(tokens) / config.tp, _MAX_COMPUTE_S)
+        seconds = min(model.prefill_s(tokens) / config.tp, _MAX_COMPUTE_S[config.device])
         return max(1, round(seconds * 1e9 / self._shape.num_layers / up.unit_ns))
 
 

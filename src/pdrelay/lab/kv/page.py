@@ -11,6 +11,7 @@ from pdrelay.lab.report.document import document
 
 _SECTIONS: tuple[tuple[str, str, Callable[[KvSummary], Markup]], ...] = (
     ("transfers", "Measured transfers", sections.transfers_section),
+    ("side-by-side", "Prefill slowed by the hand-over", sections.side_by_side_section),
     ("servers", "Inside real servers", sections.serve_section),
     ("prediction", "Predicted crossover", sections.prediction_section),
     ("exercise", "What the exercise gets wrong", sections.exercise_section),

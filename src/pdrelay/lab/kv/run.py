@@ -11,10 +11,11 @@ import msgspec
 from pdrelay import __version__
 from pdrelay.errors import LaunchError
 from pdrelay.lab.environment import environment, git_commit
-from pdrelay.lab.kv.config import KvConfig
+from pdrelay.lab.kv.config import KvConfig, ServeConfig
 from pdrelay.lab.kv.measure import Measurement, num_samples
 from pdrelay.lab.kv.rundir import KvRunInfo
 from pdrelay.lab.kv.serve import measure_servers
+from pdrelay.lab.kv.side_by_side import measure_side_by_side
 from pdrelay.lab.progress import Reporter
 from pdrelay.lab.rundir import claim_directory, write_json
 from pdrelay.lab.server import Launcher
@@ -43,14 +44,32 @@ def run_kv(
     )
     _save(config.out, info)
     write_json(config.out / "environment.json", environment())
+    if config.remark and not config.predict_only:
+        info.notes.append(config.remark)
+        reporter.note(config.remark)
     if not config.predict_only:
         _measure(config, shape, info, reporter)
         if config.serve is not None:
-            failed = measure_servers(config, launcher, reporter)
-            info.notes += [failed] if failed else []
+            info.notes += _measure_servers(config, config.serve, shape, launcher, reporter)
     info.ended = now()
     _save(config.out, info)
     return info
+
+
+def _measure_servers(
+    config: KvConfig,
+    serve: ServeConfig,
+    shape: ModelConfig,
+    launcher: Launcher,
+    reporter: Reporter,
+) -> list[str]:
+    """Returns why something was not measured."""
+    failed = []
+    if serve.side_by_side:
+        failed.append(measure_side_by_side(config, serve, shape, launcher, reporter))
+    if serve.apart:
+        failed.append(measure_servers(config, launcher, reporter))
+    return [text for text in failed if text]
 
 
 def _measure(config: KvConfig, shape: ModelConfig, info: KvRunInfo, reporter: Reporter) -> None:
@@ -74,7 +93,7 @@ def _measure(config: KvConfig, shape: ModelConfig, info: KvRunInfo, reporter: Re
             file.write(b"".join(msgspec.json.encode(sample) + b"\n" for sample in samples))
             file.flush()
     if count == 0:
-        raise LaunchError(f"nothing could be measured: {info.notes[0]}")
+        raise LaunchError(f"nothing could be measured: {info.notes[-1]}")
     if measurement.up is not None:
         info.device_words = measurement.up.device
         info.measured_flops_per_s = measurement.up.flops_per_s or None

@@ -3,7 +3,9 @@
 DIR/run.json           KvRunInfo, with kind "kv"
 DIR/environment.json   as the lab's
 DIR/samples.jsonl      SampleRecord: every measured transfer, plain copy, and computation
+DIR/pairs.jsonl        PairRecord: the same prompt on two servers side by side
 DIR/endpoints.log      what the measuring processes said
+DIR/side-by-side/      the logs of those servers
 DIR/serve/             a run directory of the lab (lab/rundir.py): P/D beside one replica
 DIR/report.html, DIR/summary.json     made by `pdrelay report DIR`
 """
@@ -24,6 +26,8 @@ from pdrelay.model.config import ModelConfig
 SCHEMA_VERSION = 1
 KIND = "kv"
 SERVE_DIR = "serve"
+PAIRS_FILE = "pairs.jsonl"
+PAIRS_DIR = "side-by-side"
 
 
 class KvRunInfo(msgspec.Struct, kw_only=True):
@@ -70,6 +74,19 @@ class SampleRecord(msgspec.Struct, kw_only=True):
     damaged: bool = False
 
 
+class PairRecord(msgspec.Struct, kw_only=True):
+    """One line of `pairs.jsonl`: one prompt on P/D and on one replica, one after the other, ns."""
+
+    schema_version: int = SCHEMA_VERSION
+    tokens: int
+    rep: int
+    pd_first: bool
+    prefill_ns: int  # on P, first chunk's start to last chunk's end
+    prefill_alone_ns: int
+    ttft_ns: int
+    ttft_alone_ns: int
+
+
 @dataclass(frozen=True)
 class KvRun:
     """A whole run directory in memory."""
@@ -78,6 +95,7 @@ class KvRun:
     info: KvRunInfo
     environment: dict[str, Any]
     samples: list[SampleRecord]
+    pairs: list[PairRecord]
     serve: Run | None
 
 
@@ -100,11 +118,13 @@ def read_kv_run(root: Path) -> KvRun:
             f"{SCHEMA_VERSION}: use the pdrelay that made it ({info.pdrelay_version})"
         )
     environment, samples = root / "environment.json", root / "samples.jsonl"
+    pairs = root / PAIRS_FILE
     serve = root / SERVE_DIR
     return KvRun(
         root=root,
         info=info,
         environment=read_json(environment, dict[str, Any]) if environment.is_file() else {},
         samples=read_jsonl(samples, SampleRecord) if samples.is_file() else [],
+        pairs=read_jsonl(pairs, PairRecord) if pairs.is_file() else [],
         serve=read_run(serve) if (serve / "run.json").is_file() else None,
     )

@@ -118,7 +118,8 @@ def transfers_section(summary: KvSummary) -> Markup:
                 "the first piece to the consumer knowing that all is there. Plain copy: the same "
                 "bytes, one piece, between the same two pools, in turn with the transfers; its "
                 f"best median is {fmt.number(peak)} GB/s. Layer by layer: each layer is sent after "
-                "a stand-in for its computation (matrix products, at most 30 ms a prompt)."
+                "a stand-in for its computation (matrix products, as long as prefill; on a CPU at "
+                "most 30 ms a prompt)."
             ),
             _plots(*charts),
             _transfers_table(summary),
@@ -175,7 +176,7 @@ def _pages_chart(summary: KvSummary) -> Markup:
 def _transfers_table(summary: KvSummary) -> Markup:
     head = ["transport", "pages", "placement", "tokens", "bytes", "pieces", "a piece"]
     head += ["at once, ms", "busy, ms", "GB/s", "of a plain copy"]
-    head += ["layer by layer: left after, ms", "computation longer by, ms"]
+    head += ["layer by layer: left after, ms", "computation longer by, ms", "of it alone"]
     rows = [
         [
             row.transport,
@@ -191,6 +192,7 @@ def _transfers_table(summary: KvSummary) -> Markup:
             fmt.share(row.copy_share),
             fmt.estimate(row.exposed),
             fmt.estimate(row.added),
+            fmt.times(row.slowed),
         ]
         for row in summary.transfers
     ]
@@ -198,6 +200,38 @@ def _transfers_table(summary: KvSummary) -> Markup:
 
 
 # ---- servers
+
+
+def side_by_side_section(summary: KvSummary) -> Markup:
+    """How much slower a prefill is that hands its KV over."""
+    if not summary.side_by_side:
+        return el("p", "No servers ran side by side in this run.", class_="empty")
+    head = ["tokens", "pairs", "prefill P/D, ms", "1 replica", "ratio"]
+    head += ["TTFT P/D, ms", "1 replica", "ratio"]
+    rows = [
+        [
+            fmt.tokens(row.tokens),
+            row.prefill_ratio.n,
+            fmt.estimate(row.prefill),
+            fmt.estimate(row.prefill_alone),
+            fmt.times(row.prefill_ratio),
+            fmt.estimate(row.ttft),
+            fmt.estimate(row.ttft_alone),
+            fmt.times(row.ttft_ratio),
+        ]
+        for row in summary.side_by_side
+    ]
+    return join(
+        [
+            _note(
+                "P/D and one replica run at the same time on the same devices, and each prompt "
+                "goes to both, one right after the other in random order, while nothing else "
+                "runs. Prefill: from its first chunk's launch to its last chunk's end, as the "
+                "ranks saw it. Ratio: median over the pairs, so that drift cancels."
+            ),
+            table(head, rows, caption="Medians with 95 % intervals."),
+        ]
+    )
 
 
 def serve_section(summary: KvSummary) -> Markup:

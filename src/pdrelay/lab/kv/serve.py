@@ -6,11 +6,12 @@ from dataclasses import replace
 
 from pdrelay.bench.slo import Slo
 from pdrelay.errors import LaunchError
-from pdrelay.lab.config import QUICK, LabConfig, Scale
+from pdrelay.lab.config import LabConfig
 from pdrelay.lab.kv.config import KvConfig, ServeConfig
 from pdrelay.lab.kv.rundir import SERVE_DIR
 from pdrelay.lab.progress import Reporter
 from pdrelay.lab.run import run_lab_blocking
+from pdrelay.lab.scale import QUICK, Scale
 from pdrelay.lab.server import Launcher
 from pdrelay.lab.topology import parse_topologies
 

@@ -18,6 +18,7 @@ from pdrelay.lab.kv.figures import (
 from pdrelay.lab.kv.model import Compute, Link, Roofline, kv_bytes
 from pdrelay.lab.kv.rundir import KvRun, KvRunInfo, SampleRecord
 from pdrelay.lab.kv.serve_figures import serve_rows
+from pdrelay.lab.kv.side_by_side_figures import side_by_side_rows
 from pdrelay.lab.stats import Estimate, missing, percentile_estimate
 from pdrelay.model.config import BUILT_IN, ModelConfig
 
@@ -44,6 +45,7 @@ def summarize_kv(run: KvRun) -> KvSummary:
         copies=copies,
         peak_gb_per_s=max(known, default=None),
         transfers=transfers,
+        side_by_side=side_by_side_rows(run.pairs),
         predictions=predictions(info, transfers),
         serve=serve_rows(run.serve) if run.serve else [],
         serve_notes=run.serve.info.notes if run.serve else [],
@@ -128,8 +130,8 @@ def _transfer_row(
     bulk = [sample for sample in samples if sample.mode == "bulk"]
     layerwise = [sample for sample in samples if sample.mode == "layerwise"]
     copies = alone.of("copy", block_size, tokens)
-    computed = [_computed_ms(sample) for sample in alone.of("compute", block_size, tokens)]
-    base = statistics.median(computed) if computed else None
+    computed = {s.rep: _computed_ms(s) for s in alone.of("compute", block_size, tokens)}
+    base = statistics.median(computed.values()) if computed else None
     return TransferRow(
         transport=transport,
         placement=placement,
@@ -145,6 +147,9 @@ def _transfer_row(
         added=missing("no computation alone")
         if base is None
         else percentile_estimate([[_computed_ms(s) - base for s in layerwise]]),
+        slowed=percentile_estimate(
+            [[_computed_ms(s) / computed[s.rep] for s in layerwise if s.rep in computed]]
+        ),
     )
 
 

@@ -18,6 +18,8 @@ def print_kv_summary(summary: KvSummary, console: Console) -> None:
     if summary.transfers:
         _transfers(summary, console)
         _pages(summary, console)
+    if summary.side_by_side:
+        _side_by_side(summary, console)
     if summary.serve:
         _serve(summary, console)
     _crossovers(summary, console)
@@ -62,7 +64,7 @@ def _pages(summary: KvSummary, console: Console) -> None:
     table = make_table(
         f"{longest:,} tokens by page size and placement",
         *("transport", "pages", "placement", "pieces", "a piece", "ms", "GB/s"),
-        "of a plain copy",
+        *("of a plain copy", "layer-wise: computation"),
     )
     for row in summary.transfers:
         if row.tokens == longest:
@@ -76,7 +78,28 @@ def _pages(summary: KvSummary, console: Console) -> None:
                 fmt.estimate(row.bulk),
                 fmt.number(row.gb_per_s.value),
                 fmt.share(row.copy_share),
+                fmt.times(row.slowed),
             )
+    console.print(table)
+
+
+def _side_by_side(summary: KvSummary, console: Console) -> None:
+    table = make_table(
+        "Prefill slowed by the hand-over: P/D 1:1 and 1 replica side by side, medians, ms",
+        *("tokens", "pairs", "prefill P/D", "1 replica", "ratio", "TTFT P/D", "1 replica", "ratio"),
+    )
+    for row in summary.side_by_side:
+        add_row(
+            table,
+            fmt.tokens(row.tokens),
+            str(row.prefill_ratio.n),
+            fmt.estimate(row.prefill),
+            fmt.estimate(row.prefill_alone),
+            fmt.times(row.prefill_ratio),
+            fmt.estimate(row.ttft),
+            fmt.estimate(row.ttft_alone),
+            fmt.times(row.ttft_ratio),
+        )
     console.print(table)
 
 

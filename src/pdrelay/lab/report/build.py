@@ -16,7 +16,9 @@ from pdrelay.lab.report.gpu import gpu_figures
 from pdrelay.lab.report.interference import interference_rows
 from pdrelay.lab.report.page import render
 from pdrelay.lab.report.phases import phase_rows
+from pdrelay.lab.report.queues import queue_rows
 from pdrelay.lab.report.shapes import shape_rows
+from pdrelay.lab.report.streams import streams_rows
 from pdrelay.lab.report.topologies import topology_figures
 from pdrelay.lab.report.traffic import traffic_rows
 from pdrelay.lab.report.transfers import transfer_rows
@@ -49,8 +51,10 @@ def summarize(run: Run) -> Summary:
         ttft=ttft,
         ratios=ratios,
         traffic=traffic,
+        queues=queue_rows(run),
         interference=interference,
         shapes=shape_rows(run),
+        streams=streams_rows(run),
         phases=phase_rows(run),
         transfers=transfer_rows(run),
         gpu=gpu_figures(run),

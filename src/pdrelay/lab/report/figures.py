@@ -16,7 +16,9 @@ from pdrelay.telemetry.sample import GpuInfo
 
 SCHEMA_VERSION = 1
 STALL = 5.0  # times the quiet median ITL
+FULL_SHARE = 0.9  # of the streams that must decode for an ITL to count as theirs
 Severity = Literal["error", "warning", "info"]
+TrafficKind = Literal["poisson", "trace", "fixed"]
 
 
 class TopologyFigures(msgspec.Struct, kw_only=True):
@@ -58,14 +60,27 @@ class RatioRow(msgspec.Struct, kw_only=True):
     ratio: Estimate
 
 
+class Percentiles(msgspec.Struct, kw_only=True):
+    """Of a prediction, so without interval."""
+
+    p50: float | None = None
+    p90: float | None = None
+    p99: float | None = None
+
+
 class TrafficRow(msgspec.Struct, kw_only=True):
-    """One offered load on one topology."""
+    """One offered load on one topology.
+
+    kind: "poisson" is chat-like traffic at one of several rates, "trace" a trace, "fixed" requests
+    of one size.
+    """
 
     topology: str
     case: str
+    kind: TrafficKind = "poisson"
     workload: str
     rate: float | None  # requests/s offered
-    rate_fraction: float | None  # of the baseline's measured capacity
+    rate_fraction: float | None  # of the baseline's measured capacity, where that was measured
     num_requests: int
     num_failed: int
     ttft: Estimate
@@ -79,6 +94,33 @@ class TrafficRow(msgspec.Struct, kw_only=True):
     completed_rate: Estimate  # requests/s
     output_rate: Estimate  # tokens/s
     sustained: bool
+
+
+class QueueRow(msgspec.Struct, kw_only=True):
+    """The fixed load on one topology beside what a queue for prefill predicts (lab/queueing.py).
+
+    `model` names the queue; replicas have two rows, one for each way to share the load out. TTFTs
+    predicted are the idle one plus a percentile of the wait. `steady`: of the steady state.
+    `replayed`: of this run's own arrivals, sent through the same queue; None where the model says
+    nothing of single requests. None in `steady`: no steady state at this load.
+    """
+
+    topology: str
+    model: str
+    input_len: int
+    output_len: int
+    rate: float
+    num_servers: int  # of one queue
+    service_ms: float
+    service_source: str
+    idle_ttft: Estimate
+    utilisation: float
+    mean_wait_ms: float | None
+    steady: Percentiles
+    replayed: Percentiles
+    ttft: Estimate
+    ttft_p90: Estimate
+    ttft_p99: Estimate
 
 
 class Distribution(msgspec.Struct, kw_only=True):
@@ -127,6 +169,24 @@ class ShapeRow(msgspec.Struct, kw_only=True):
     itl: Estimate
     e2e: Estimate
     output_rate: Estimate
+
+
+class StreamsRow(msgspec.Struct, kw_only=True):
+    """`num_streams` requests of one size, sent together, on one topology.
+
+    ITL is of the gaps within which at least `FULL_SHARE` of the streams decode (report/streams.py).
+    `hand_over` as in TtftRow: TTST less TTFT less an ordinary gap.
+    """
+
+    topology: str
+    num_streams: int
+    input_len: int
+    output_len: int
+    ttft: Estimate
+    itl: Estimate
+    itl_p99: Estimate
+    hand_over: Estimate
+    output_rate: Estimate  # tokens/s while that many decode
 
 
 class PhaseRow(msgspec.Struct, kw_only=True):
@@ -295,8 +355,10 @@ class Summary(msgspec.Struct, kw_only=True):
     ttft: list[TtftRow]
     ratios: list[RatioRow]
     traffic: list[TrafficRow]
+    queues: list[QueueRow] = []
     interference: list[InterferenceRow]
     shapes: list[ShapeRow]
+    streams: list[StreamsRow] = []
     phases: list[PhaseRow]
     transfers: list[TransferRow]
     gpu: GpuFigures

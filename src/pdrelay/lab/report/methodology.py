@@ -15,6 +15,12 @@ METHODS = (
     "ratios from paired logarithms. With fewer: distribution-free order statistics of the run's "
     "own samples, which take requests (and gaps of one stream) as independent and are therefore "
     "optimistic for ITL. Requests of one run are never resampled.",
+    "Streams at once: sent together, as many requests as streams; ITL counts only while at least "
+    "nine in ten of them decode, so that neither their prefills nor their ends are in it.",
+    "Requests of one size arrive as a Poisson process, beside what a queue for prefill predicts: "
+    "M/D/1 for one prefilling instance, M/D/X for X producers, for replicas the bounds M/D/N "
+    "(least loaded) and N separate M/D/1 (random split). Service is the prefill measured on the "
+    "idle server; decode steps and prompts that share a step are not in the model.",
     "Prompts are random token ids that differ from the first block on, so the prefix cache cannot "
     "answer; only traces share prefixes, where the trace says so.",
     "Topologies on the same number of GPUs are compared; one replica is the exercise's baseline "

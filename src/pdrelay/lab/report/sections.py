@@ -12,10 +12,13 @@ from pdrelay.lab.report.figures import (
     Distribution,
     InterferenceRow,
     Summary,
+    TrafficKind,
     TrafficRow,
     TtftRow,
 )
 from pdrelay.lab.report.methodology import HANDOUT, METHODS
+from pdrelay.lab.report.queue_section import queue_table
+from pdrelay.lab.report.streams_section import streams_table
 from pdrelay.lab.stats import Estimate
 
 EXPERIMENT_TITLES = {
@@ -171,7 +174,7 @@ def _ratio_table(summary: Summary) -> Markup:
 def traffic_section(summary: Summary) -> Markup:
     if not summary.traffic:
         return _empty("Traffic")
-    rated = [row for row in summary.traffic if row.rate_fraction is not None]
+    rated = [row for row in summary.traffic if row.kind == "poisson"]
     charts = [
         _rate_chart(summary, rated, "TTFT p50, ms (log)", lambda row: row.ttft, log_y=True),
         _rate_chart(summary, rated, "ITL p50 (solid) and p99 (dashed), ms (log)", None, log_y=True),
@@ -194,18 +197,23 @@ def traffic_section(summary: Summary) -> Markup:
             _traffic_table(summary, rated, "Poisson arrivals, chat-like lengths") if rated else "",
             *(
                 _traffic_table(summary, rows, f"Trace: {workload}")
-                for workload, rows in _traces(summary).items()
+                for workload, rows in _by_workload(summary, "trace").items()
             ),
+            *(
+                _traffic_table(summary, rows, f"Requests of one size: {workload}")
+                for workload, rows in _by_workload(summary, "fixed").items()
+            ),
+            queue_table(summary),
         ]
     )
 
 
-def _traces(summary: Summary) -> dict[str, list[TrafficRow]]:
-    traces: dict[str, list[TrafficRow]] = {}
+def _by_workload(summary: Summary, kind: TrafficKind) -> dict[str, list[TrafficRow]]:
+    groups: dict[str, list[TrafficRow]] = {}
     for row in summary.traffic:
-        if row.rate_fraction is None:
-            traces.setdefault(row.workload, []).append(row)
-    return traces
+        if row.kind == kind:
+            groups.setdefault(row.workload, []).append(row)
+    return groups
 
 
 def _rate_chart(
@@ -243,6 +251,7 @@ def _traffic_table(summary: Summary, rows: Sequence[TrafficRow], caption: str) -
             "n",
             "TTFT p50, ms",
             "p90",
+            "p99",
             "ITL p50, ms",
             "p99",
             "TPOT p50",
@@ -259,6 +268,7 @@ def _traffic_table(summary: Summary, rows: Sequence[TrafficRow], caption: str) -
                 f"{row.num_requests}" + (f" ({row.num_failed} failed)" if row.num_failed else ""),
                 fmt.estimate(row.ttft),
                 fmt.estimate(row.ttft_p90) if row.ttft_p90.known else row.ttft_p90.note,
+                fmt.estimate(row.ttft_p99) if row.ttft_p99.known else row.ttft_p99.note,
                 fmt.estimate(row.itl),
                 fmt.estimate(row.itl_p99) if row.itl_p99.known else row.itl_p99.note,
                 fmt.estimate(row.tpot),
@@ -374,7 +384,7 @@ def _interference_table(summary: Summary) -> Markup:
 
 
 def shapes_section(summary: Summary) -> Markup:
-    if not summary.shapes:
+    if not summary.shapes and not summary.streams:
         return _empty("The three shapes")
     picks: tuple[tuple[str, Callable[..., Estimate]], ...] = (
         ("TTFT p50, ms (log)", lambda row: row.ttft),
@@ -427,7 +437,7 @@ def shapes_section(summary: Summary) -> Markup:
         "E2E p50",
         "tok/s",
     ]
-    return join([_plots(*charts), table(head, rows, text_columns=2)])
+    return join([_plots(*charts), table(head, rows, text_columns=2), streams_table(summary)])
 
 
 # ---- phases, transfers, timelines

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pdrelay.lab.report.figures import ShapeRow
 from pdrelay.lab.report.samples import by_repeat, e2e, group_by_case, itls_by_repeat, ttft
 from pdrelay.lab.report.traffic import output_rate
-from pdrelay.lab.rundir import Case, Run
+from pdrelay.lab.rundir import STREAMS_CASE, Case, Run
 from pdrelay.lab.stats import percentile_estimate, repeats_estimate
 
 
@@ -13,7 +13,8 @@ def shape_rows(run: Run) -> list[ShapeRow]:
     return [
         _row(name, cases)
         for name in run.topologies
-        for cases in group_by_case(run.select("shapes", name)).values()
+        for case, cases in group_by_case(run.select("shapes", name)).items()
+        if not case.startswith(STREAMS_CASE)
     ]
 
 

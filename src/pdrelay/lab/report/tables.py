@@ -7,6 +7,7 @@ from rich.table import Table
 
 from pdrelay.lab import fmt
 from pdrelay.lab.report.figures import Summary
+from pdrelay.lab.report.queue_section import HEAD, queue_cells
 
 FILE_WIDTH = 160  # columns, where the output is no terminal
 
@@ -19,7 +20,7 @@ def console() -> Console:
 
 def print_summary(summary: Summary, console: Console) -> None:
     """Verdict and one table an experiment."""
-    makers = (_ttft, _traffic, _interference, _shapes, _gpus)
+    makers = (_ttft, _traffic, _queues, _interference, _shapes, _streams, _gpus)
     for table in (make(summary) for make in makers):
         if table.row_count:
             console.print(table)
@@ -64,6 +65,7 @@ def _traffic(summary: Summary) -> Table:
         "case",
         "req/s",
         "TTFT p50, ms",
+        "TTFT p99",
         "ITL p50",
         "ITL p99",
         "within SLO",
@@ -76,6 +78,7 @@ def _traffic(summary: Summary) -> Table:
             row.case,
             fmt.number(row.rate),
             fmt.estimate(row.ttft),
+            fmt.number(row.ttft_p99.value) if row.ttft_p99.known else row.ttft_p99.note,
             fmt.number(row.itl.value) if row.itl.known else row.itl.note,
             fmt.number(row.itl_p99.value) if row.itl_p99.known else row.itl_p99.note,
             fmt.share(row.attainment),
@@ -83,6 +86,13 @@ def _traffic(summary: Summary) -> Table:
             "yes" if row.sustained else "no",
         )
         add_row(table, *cells)
+    return table
+
+
+def _queues(summary: Summary) -> Table:
+    table = make_table("2 traffic, one size: TTFT beside a queue's, ms", *HEAD)
+    for row in summary.queues:
+        add_row(table, *queue_cells(summary, row))
     return table
 
 
@@ -129,6 +139,25 @@ def _shapes(summary: Summary) -> Table:
                 fmt.estimate(row.output_rate),
             )
             add_row(table, *cells)
+    return table
+
+
+def _streams(summary: Summary) -> Table:
+    table = make_table(
+        "4 shapes, many streams at once",
+        *("topology", "streams", "in/out", "ITL p50, ms", "ITL p99", "hand-over", "tok/s"),
+    )
+    for row in summary.streams:
+        cells = (
+            summary.label(row.topology),
+            str(row.num_streams),
+            f"{row.input_len}/{row.output_len}",
+            fmt.estimate(row.itl),
+            fmt.number(row.itl_p99.value) if row.itl_p99.known else row.itl_p99.note,
+            fmt.estimate(row.hand_over),
+            fmt.estimate(row.output_rate),
+        )
+        add_row(table, *cells)
     return table
 
 

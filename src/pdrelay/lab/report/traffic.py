@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pdrelay.bench.slo import Slo
-from pdrelay.lab.report.figures import TrafficRow
+from pdrelay.lab.report.figures import TrafficKind, TrafficRow
 from pdrelay.lab.report.samples import by_repeat, group_by_case, itls_by_repeat, tpot, ttft
-from pdrelay.lab.rundir import Case, Run
+from pdrelay.lab.rundir import FIXED_CASE, FIXED_IDLE_CASE, POISSON_CASE, Case, Run
 from pdrelay.lab.stats import (
     Estimate,
     missing,
@@ -29,7 +29,15 @@ def traffic_rows(run: Run) -> list[TrafficRow]:
         _row(run, name, cases, slo)
         for name in run.topologies
         for cases in group_by_case(run.select("traffic", name)).values()
+        if cases[0].info.case != FIXED_IDLE_CASE
     ]
+
+
+def kind_of(case: str) -> TrafficKind:
+    """What kind of load a traffic case is."""
+    if case.startswith(POISSON_CASE):
+        return "poisson"
+    return "fixed" if case == FIXED_CASE else "trace"
 
 
 def offered_s(case: Case) -> float:
@@ -75,6 +83,7 @@ def _row(run: Run, name: str, cases: Sequence[Case], slo: Slo) -> TrafficRow:
     return TrafficRow(
         topology=name,
         case=info.case,
+        kind=kind_of(info.case),
         workload=str(info.parameters.get("workload", info.case)),
         rate=info.rate,
         rate_fraction=info.parameters.get("rate_fraction"),

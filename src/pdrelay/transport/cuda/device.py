@@ -269,7 +269,10 @@ class CudaDevice:
     def close(self) -> None:
         """The primary context stays: it is torch's."""
         if not self._closed:
+            self.make_current()
             self._written.clear()
+            if self._copier is not None:
+                self._copier.close()
             self._copier = None
             self._closed = True
             self._side.close()

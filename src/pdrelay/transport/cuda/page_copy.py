@@ -53,11 +53,12 @@ class _Ids:
     """A list of pages: written here by the host, read by one launch at a time."""
 
     def __init__(self, num_ids: int, device: torch.device) -> None:
-        self.host = torch.empty(num_ids, dtype=torch.int32, pin_memory=device.type == "cuda")
+        with torch.inference_mode(False):  # an engine's thread makes it, others may write to it
+            self.host = torch.empty(num_ids, dtype=torch.int32, pin_memory=device.type == "cuda")
+            self.device = (
+                self.host if device.type == "cpu" else torch.empty_like(self.host, device=device)
+            )
         self.array: npt.NDArray[np.int32] = self.host.numpy()
-        self.device = (
-            self.host if device.type == "cpu" else torch.empty_like(self.host, device=device)
-        )
         self.busy: Event | None = None  # behind the launch that reads it
 
     def free(self) -> bool:
@@ -102,6 +103,13 @@ class PageCopier:
                 ids.device[used].copy_(ids.host[used], non_blocking=True)
             self._enqueue(source, target, ids, num_pages, num_ctas, chunk_bytes)
         return ids
+
+    def close(self) -> None:
+        """Free the lists of pages while their stream is alive: torch's pinned memory records an
+        event on the streams that it was used on when it is freed, and one that is destroyed by then
+        ends the process."""
+        self._ids.clear()
+        self._tensors.clear()
 
     def forget(self, address: int) -> None:
         """The pool at `address` is gone."""

@@ -100,7 +100,13 @@ def paged_decode(
         num_splits = split_rule(batch, num_kv_heads, longest, num_sms(q.device))
     assert is_power_of_2(num_splits)
     if stages is None:
-        stages = pipeline_stages(num_splits, head_dim, kv_layer.element_size())
+        stages = pipeline_stages(
+            batch * num_kv_heads * num_splits,
+            num_splits,
+            head_dim,
+            kv_layer.element_size(),
+            num_sms(q.device),
+        )
     if workspace is None and num_splits > 1:
         workspace = DecodeWorkspace(batch, num_heads, head_dim, q.device, num_splits)
     if workspace is None:

@@ -26,6 +26,7 @@ MAX_ROWS = 64
 _DOT_ROWS = 16  # the least a tensor core takes
 _DOT_COLUMNS = 256
 _MOST_STAGES = 6
+_PAIRED_FEATURES = 64  # outputs of a program that reads gate and up
 _SHARED_BYTES = 200 << 10  # of 227 KiB an SM has for one program
 _FEWEST_COLUMNS, _MOST_COLUMNS = 256, 2048
 
@@ -49,11 +50,15 @@ def default_tuning(
     num_rows: int, out_features: int, in_features: int, paired: bool = False
 ) -> LinearTuning:
     """By shape alone. `paired`: an output needs two rows of weights, gate's and up's."""
+    if num_rows > 1 and paired:
+        if num_rows <= _DOT_ROWS:
+            return LinearTuning("dot", _PAIRED_FEATURES, 256, warps=8, stages=3)
+        return LinearTuning("dot", _PAIRED_FEATURES, 128, warps=4, stages=4)
     if num_rows > 1:
         features = 32 if out_features >= 32 * 128 else 16
         # So deep that an SM holds one program: under PDL, programs that come while the kernel ahead
         # runs out would gather on the SMs that are free first, and leave the others idle.
-        lines = _dot_rows_of(num_rows) + features * (2 if paired else 1)
+        lines = _dot_rows_of(num_rows) + features
         stages = min(_MOST_STAGES, _SHARED_BYTES // (lines * _DOT_COLUMNS * 2))
         return LinearTuning("dot", features, _DOT_COLUMNS, warps=4, stages=stages)
     # The greatest power of two that divides K: its low bit.
@@ -74,6 +79,17 @@ def beats_cublas(num_rows: int, out_features: int, num_sms: int) -> bool:
         return True
     features = default_tuning(num_rows, out_features, _FEWEST_COLUMNS).features
     return fills_waves(triton.cdiv(out_features, features), num_sms)
+
+
+def gate_up_beats_cublas(num_rows: int, out_features: int, num_sms: int) -> bool:
+    """Whether gate_up_silu is faster than cuBLAS and an activation kernel, of 1 to MAX_ROWS rows.
+
+    With 0.85 of the waves filled it was, by 4 to 7 us of 65 at 8, 32 and 64 rows (H200, the 8B
+    shape, `benchmarks/gpu_kernels.py`).
+    """
+    if num_rows == 1:
+        return True
+    return fills_waves(triton.cdiv(out_features, _PAIRED_FEATURES), num_sms, least=0.8)
 
 
 def linear_small(

@@ -5,7 +5,8 @@ from __future__ import annotations
 TILE = 64  # keys of one step of the kernel's loop
 MAX_SPLITS = 32
 _PROGRAMS_PER_SM = 2
-_STAGES, _MOST_STAGES = 3, 7
+_STAGES, _MOST_STAGES, _FEWEST_STAGES = 3, 7, 2
+_CROWD = 3  # programs an SM that hide each other's waiting
 _SHARED_BYTES = 224 << 10  # of 227 KiB an SM has for one program
 
 
@@ -21,18 +22,24 @@ def split_rule(batch: int, num_kv_heads: int, max_seq_len: int, num_sms: int) ->
     return 1 << (most.bit_length() - 1)
 
 
-def pipeline_stages(num_splits: int, head_dim: int, itemsize: int) -> int:
+def pipeline_stages(
+    num_programs: int, num_splits: int, head_dim: int, itemsize: int, num_sms: int
+) -> int:
     """Depth of the K/V pipeline.
 
-    Uncut rows make long programs, few an SM: each keeps many tiles on their way.
+    Uncut rows make long programs. Few an SM: each keeps many tiles on their way. Many: short
+    pipelines, so that several fit an SM (64 rows of the 8B shape behind 640 tokens: a step of
+    5.83 ms with 2 stages, 5.95 with 7; 32 rows: 5.33 and 5.10; H200, docs/LOG.md 2026-11-24).
     """
     if num_splits > 1:
         return _STAGES
+    if num_programs >= _CROWD * num_sms:
+        return _FEWEST_STAGES
     tile_bytes = 2 * TILE * head_dim * itemsize
     return max(_STAGES, min(_MOST_STAGES, _SHARED_BYTES // tile_bytes))
 
 
-def fills_waves(num_programs: int, num_sms: int) -> bool:
-    """Whether programs, one an SM at a time, leave a tenth of the SMs' time unused at most."""
+def fills_waves(num_programs: int, num_sms: int, least: float = 0.9) -> bool:
+    """Whether programs, one an SM at a time, use at least that part of the SMs' time."""
     waves = -(-num_programs // num_sms)
-    return 10 * num_programs >= 9 * waves * num_sms
+    return num_programs >= least * waves * num_sms

@@ -1,0 +1,79 @@
+"""What a run will do, and about how long it takes: before anything is started."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from types import MappingProxyType
+
+from pdrelay.bench.server_info import ServerInfo
+from pdrelay.errors import ConfigError
+from pdrelay.lab.config import LabConfig
+from pdrelay.lab.experiments import interference, shapes, streams, traffic, ttft
+from pdrelay.lab.experiments.base import Context, Step
+from pdrelay.lab.topology import NATIVE, LabTopology
+
+_STEPS: Mapping[str, tuple[Callable[[Context], list[Step]], ...]] = MappingProxyType(
+    {
+        "ttft": (ttft.steps,),
+        "traffic": (traffic.steps,),
+        "interference": (interference.steps,),
+        "shapes": (shapes.steps, streams.steps),
+    }
+)
+_SOME_RATE = 1.0  # where the capacity is not measured yet: the steps' time does not depend on it
+
+
+@dataclass(frozen=True)
+class PlannedServer:
+    """One start of one topology. Seconds are estimates."""
+
+    topology: LabTopology
+    rep: int
+    start_s: float  # to start, warm up and stop it
+    steps: tuple[Step, ...]  # to be read, not run
+
+    @property
+    def total_s(self) -> float:
+        return self.start_s + sum(step.estimate_s for step in self.steps)
+
+
+def schedule(topologies: Sequence[LabTopology], repeats: int) -> list[tuple[LabTopology, int]]:
+    """Starts in order: each repeat visits all topologies, one place further round each time."""
+    count = len(topologies)
+    return [
+        (topologies[(place + rep) % count], rep) for rep in range(repeats) for place in range(count)
+    ]
+
+
+def steps_of(context: Context) -> list[Step]:
+    """The chosen experiments' steps on one server, without the cases that were not asked for."""
+    config = context.config
+    found = [step for name in config.experiments for make in _STEPS[name] for step in make(context)]
+    if not config.cases:
+        return found
+    return [step for step in found if any(fnmatchcase(step.case, each) for each in config.cases)]
+
+
+def plan(config: LabConfig) -> list[PlannedServer]:
+    """Every start in order. Raises ConfigError when the cases asked for do not exist, or for a
+    trace that cannot be read."""
+    first = config.baseline  # its capacity sets everybody's rates
+    order = [first, *(topology for topology in config.topologies if topology != first)]
+    planned = [_server(config, *start) for start in schedule(order, config.repeats)]
+    if not any(server.steps for server in planned):
+        raise ConfigError(
+            f"--cases {','.join(config.cases)} names no case of these experiments: see what "
+            "there is with --dry-run and without --cases"
+        )
+    return planned
+
+
+def _server(config: LabConfig, topology: LabTopology, rep: int) -> PlannedServer:
+    info = ServerInfo(config.model, config.model)
+    context = Context(config, topology, rep, "", info, capacity_rps=_SOME_RATE)
+    context.trace_path = config.trace.path if config.trace else None
+    native = topology.engine in ("", NATIVE)
+    start_s = config.scale.pace.start(native=native)
+    return PlannedServer(topology, rep, start_s, tuple(steps_of(context)))
