@@ -78,7 +78,8 @@ def create_pages(
     if transport == "cuda_ipc" and device == "cuda":
         return cuda_pages(layout, storages)
     raise ConfigError(
-        f"PdrelayConnector cannot move a KV cache on {device} by transport {transport!r}"
+        f"PdrelayConnector cannot move a KV cache on {device} by transport {transport!r}: leave "
+        'it at "auto", which is "shm" on CPUs and "cuda_ipc" on GPUs'
     )
 
 
