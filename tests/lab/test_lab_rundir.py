@@ -22,7 +22,7 @@ def a_file(root, name):
 def test_reads_what_was_written(run_dir):
     run = read_run(run_dir)
     assert list(run.topologies) == ["replicas-2", "tp-2", "pd-1-1", "replicas-1"]
-    assert len(run.cases) == 4 * 10
+    assert len(run.cases) == 4 * 14
     case = run.select("ttft", "pd-1-1")[-1]
     assert (case.info.case, case.info.rep, len(case.measured)) == ("idle", 0, 39)
     assert run.topologies["pd-1-1"].layout_of("decode-0") == LAYOUT

@@ -329,7 +329,7 @@ def test_other_layouts_are_refused(kit, change):
     before = open_fds()
     with pytest.raises(TransportError, match="layouts differ"):
         p.transport.connect(other, Descriptor(descriptor.data, fds))
-    assert open_fds() == before - {str(fd) for fd in fds}
+    assert open_fds() <= before - {str(fd) for fd in fds}
 
 
 @pytest.mark.parametrize("data", [b"", b"\xc1", b"\x80", b"\x81\xa4type\xa7unknown", b"\xff" * 99])
@@ -459,5 +459,5 @@ def test_nothing_is_left_open(name):
             Transfer(link, p, d, "a", range(6), range(6)).run()
             p.connect(d)
             Transfer(link, p, d, "open", range(6), range(6, 12)).expect().begin().send(0)
-    assert open_fds() == before_fds
+    assert open_fds() <= before_fds
     assert set(threading.enumerate()) == before_threads
