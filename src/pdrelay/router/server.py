@@ -35,7 +35,7 @@ def make_runner(app: web.Application, config: RouterConfig) -> web.AppRunner:
 class _Runner(web.AppRunner):
     """An AppRunner whose server answers malformed HTTP in JSON.
 
-    aiohttp has no setting for it, so this relies on `_make_server`, seen in 3.10 to 3.14. Should
+    aiohttp has no setting for it, so this relies on `_make_server`, seen in 3.14. Should
     it go, such requests are answered by aiohttp's own plain text again.
     """
 
