@@ -16,14 +16,13 @@ import functools
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from rank_processes import run_ranks
 
 from pdrelay.engine.cuda_communicator import connect_gpus, one_shot_limit
 from pdrelay.engine.ipc_collectives import IpcCollectives
@@ -230,34 +229,6 @@ def rank_main(options: argparse.Namespace) -> None:
     os._exit(0)  # NCCL's and torch's own endings may wait for a peer that is gone already
 
 
-def run_ranks(options: argparse.Namespace, directory: str) -> dict:
-    environment = os.environ | {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
-    command = [
-        sys.executable,
-        __file__,
-        "--repeats",
-        str(options.repeats),
-        "--directory",
-        directory,
-    ]
-    ranks = [
-        subprocess.Popen([*command, "--rank", str(rank)], env=environment) for rank in range(WORLD)
-    ]
-    deadline = time.monotonic() + options.seconds
-    try:
-        for rank in ranks:
-            rank.wait(timeout=max(1.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        sys.exit(f"not done within {options.seconds:g} s")
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    if any(rank.returncode for rank in ranks):
-        sys.exit("a rank failed; see above")
-    return json.loads(Path(directory, "rank0.json").read_text())
-
-
 def show(answer: dict) -> None:
     if not answer["alone"]:
         print("one GPU for two ranks: results are right, TIMES MEAN NOTHING")
@@ -292,7 +263,8 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("needs a GPU, better two")
     with tempfile.TemporaryDirectory(prefix="pdrelay-ar-") as directory:
-        answer = run_ranks(options, directory)
+        command = [sys.executable, *sys.argv, "--directory", directory]
+        answer = run_ranks(command, directory, world_size=WORLD, seconds=options.seconds)
     print(f"{answer['gpu']}, torch {torch.__version__}, {WORLD} ranks")
     show(answer)
     if options.out is not None:

@@ -14,13 +14,13 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from rank_processes import run_ranks
 
 from pdrelay.core.clock import monotonic_ns
 from pdrelay.core.messages import EngineRequest
@@ -176,26 +176,9 @@ def main() -> None:
         rank_main(options)
     if not torch.cuda.is_available():
         sys.exit("needs a GPU, better two")
-    environment = os.environ | {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
     with tempfile.TemporaryDirectory(prefix="pdrelay-tp-") as directory:
         command = [sys.executable, *sys.argv, "--directory", directory]
-        ranks = [
-            subprocess.Popen([*command, "--rank", str(rank)], env=environment)
-            for rank in range(WORLD)
-        ]
-        deadline = time.monotonic() + options.seconds
-        try:
-            for rank in ranks:
-                rank.wait(timeout=max(1.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            sys.exit(f"not done within {options.seconds:g} s")
-        finally:
-            for rank in ranks:
-                rank.kill()
-                rank.wait()
-        if any(rank.returncode for rank in ranks):
-            sys.exit("a rank failed; see above")
-        lines = json.loads(Path(directory, "rank0.json").read_text())
+        lines = run_ranks(command, directory, world_size=WORLD, seconds=options.seconds)
     shared = "" if torch.cuda.device_count() >= WORLD else ", shared: TIMES MEAN NOTHING"
     print(f"{options.model}, TP={WORLD} on {torch.cuda.get_device_name()}{shared}")
     print(*lines, sep="\n")

@@ -66,20 +66,30 @@ def _send_all(peers: Sequence[socket.socket], data: bytes) -> None:
 
 
 def _join(path: str, rank: int, payload: bytes, deadline: float) -> list[bytes]:
+    with connect_when_there(path, deadline) as sock:
+        send_with_fds(sock, msgspec.msgpack.encode((rank, payload)))
+        sock.settimeout(_left(deadline))
+        return msgspec.msgpack.decode(recv_with_fds(sock)[0], type=list[bytes])
+
+
+def connect_when_there(path: str, deadline: float) -> socket.socket:
+    """A stream socket connected to the listener at `path`, its timeout the rest until `deadline`
+    (of time.monotonic(), seconds). Raises OSError when nobody listens by then."""
     while True:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
             sock.settimeout(_left(deadline))
-            try:
-                sock.connect(path)
-            except (FileNotFoundError, ConnectionRefusedError):
-                # Rank 0 is not there yet, and a path that does not exist cannot be waited on.
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(_CONNECT_PAUSE_S)
-                continue
-            send_with_fds(sock, msgspec.msgpack.encode((rank, payload)))
-            sock.settimeout(_left(deadline))
-            return msgspec.msgpack.decode(recv_with_fds(sock)[0], type=list[bytes])
+            sock.connect(path)
+            return sock
+        except (FileNotFoundError, ConnectionRefusedError):
+            # Rank 0 is not there yet, and a path that does not exist cannot be waited on.
+            sock.close()
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_CONNECT_PAUSE_S)
+        except BaseException:
+            sock.close()
+            raise
 
 
 def _left(deadline: float) -> float:

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 from pdrelay.engine.kernels import Kernels
+from pdrelay.engine.rendezvous import connect_when_there
 from pdrelay.errors import LaunchError, WorkerLostError
 
 _LINE = 64  # bytes, as in cpu.c
 _SLOT_FLOATS = 1 << 18  # 1 MiB a rank and slot; longer tensors go in pieces
-_CONNECT_PAUSE_S = 0.01
 
 
 class ShmCommunicator:
@@ -129,19 +129,8 @@ def _lead(path: str, world_size: int, size: int, timeout_s: float) -> int:
 
 def _join(path: str, world_size: int, size: int, timeout_s: float) -> int:
     """Rank 1..: wait for rank 0's socket, take the descriptor."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-            sock.settimeout(max(0.001, deadline - time.monotonic()))
-            try:
-                sock.connect(path)
-            except (FileNotFoundError, ConnectionRefusedError):
-                # Rank 0 is not there yet, and a path that does not exist cannot be waited on.
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(_CONNECT_PAUSE_S)
-                continue
-            _, fds, _, _ = socket.recv_fds(sock, 1, 1)
-            if not fds:
-                raise EOFError("rank 0 is gone")
-            return fds[0]
+    with connect_when_there(path, time.monotonic() + timeout_s) as sock:
+        _, fds, _, _ = socket.recv_fds(sock, 1, 1)
+    if not fds:
+        raise EOFError("rank 0 is gone")
+    return fds[0]

@@ -12,41 +12,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 
 from pdrelay.engine.attention.base import AttentionShape
 from pdrelay.engine.attention.context import ForwardContext, PrefillSegment
+from pdrelay.engine.kernels.gpu import PagedAttention
 from pdrelay.engine.qkv_buffer import QkvBuffer
 
 CUDNN_STEP = 128  # prompt lengths share a plan in steps of this
 CUDNN_FROM = 256  # shorter prompts take FlashAttention-2: the gain is under 10 us a layer
-
-
-class PagedAttention(Protocol):
-    """Attention over pages; both methods are as in `GpuKernels`."""
-
-    def paged_decode(
-        self,
-        q: torch.Tensor,
-        kv_layer: torch.Tensor,
-        block_tables: torch.Tensor,
-        seq_lens: torch.Tensor,
-        scale: float,
-        out: torch.Tensor,
-        num_splits: int,
-    ) -> None: ...
-
-    def paged_prefill(
-        self,
-        q: torch.Tensor,
-        kv_layer: torch.Tensor,
-        block_table: torch.Tensor,
-        context_len: int,
-        scale: float,
-        out: torch.Tensor,
-    ) -> None: ...
 
 
 class CudaAttention:

@@ -29,7 +29,7 @@ _FIX = "use --attention-backend triton"
 
 
 class Fa3Paged:
-    """Implements `attention.cuda.PagedAttention`."""
+    """Implements `kernels.gpu.PagedAttention`."""
 
     def __init__(self, shape: AttentionShape, device: torch.device, attend: Attend) -> None:
         self._shape = shape

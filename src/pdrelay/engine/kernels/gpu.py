@@ -14,7 +14,34 @@ from torch.nn import functional
 from pdrelay.engine.layers import HeadNorms, rms_norm, rotate
 
 
-class GpuKernels(Protocol):
+class PagedAttention(Protocol):
+    """Attention that reads pages where they are."""
+
+    def paged_decode(
+        self,
+        q: torch.Tensor,
+        kv_layer: torch.Tensor,
+        block_tables: torch.Tensor,
+        seq_lens: torch.Tensor,
+        scale: float,
+        out: torch.Tensor,
+        num_splits: int,
+    ) -> None:
+        """`out` [B, Hq * D]: row b of q over its first seq_lens[b] keys; 0 marks a padding row."""
+
+    def paged_prefill(
+        self,
+        q: torch.Tensor,
+        kv_layer: torch.Tensor,
+        block_table: torch.Tensor,
+        context_len: int,
+        scale: float,
+        out: torch.Tensor,
+    ) -> None:
+        """`out` [T, Hq * D]: row i of a chunk over the first context_len + i + 1 keys."""
+
+
+class GpuKernels(PagedAttention, Protocol):
     """Launches on the current stream, never synchronises, and can be captured in a CUDA graph."""
 
     max_small_rows: int  # of the `small_` operations
@@ -85,29 +112,6 @@ class GpuKernels(Protocol):
     ) -> None:
         """Norm and rotate q in `qkv` [T, (Hq + 2 * Hkv) * D] in place, with `keep_keys` k too;
         store k and v at `slots` int64 [T] (-1: nowhere), and in a peer's pages."""
-
-    def paged_decode(
-        self,
-        q: torch.Tensor,
-        kv_layer: torch.Tensor,
-        block_tables: torch.Tensor,
-        seq_lens: torch.Tensor,
-        scale: float,
-        out: torch.Tensor,
-        num_splits: int,
-    ) -> None:
-        """`out` [B, Hq * D]: row b of q over its first seq_lens[b] keys; 0 marks a padding row."""
-
-    def paged_prefill(
-        self,
-        q: torch.Tensor,
-        kv_layer: torch.Tensor,
-        block_table: torch.Tensor,
-        context_len: int,
-        scale: float,
-        out: torch.Tensor,
-    ) -> None:
-        """`out` [T, Hq * D]: row i of a chunk over the first context_len + i + 1 keys."""
 
     def argmax_rows(self, logits: torch.Tensor, out: torch.Tensor) -> None:
         """`out` int64 [B]: the first index of each row's maximum."""
