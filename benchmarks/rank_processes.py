@@ -16,8 +16,8 @@ _NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1
 
 
 def run_ranks(command: Sequence[str], directory: str, *, world_size: int, seconds: float) -> Any:
-    """What rank 0 left as JSON in `directory`/rank0.json. Ends the program when a rank fails, or they
-    are not done within `seconds`."""
+    """What rank 0 left as JSON in `directory`/rank0.json. Ends the program when a rank fails, or
+    they are not done within `seconds`."""
     environment = os.environ | _NO_MULTICAST
     ranks = [
         subprocess.Popen([*command, "--rank", str(rank)], env=environment)
