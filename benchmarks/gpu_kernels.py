@@ -45,6 +45,7 @@ from pdrelay.engine.kernels.triton.attention_decode import (
     split_rule,
 )
 from pdrelay.engine.kernels.triton.attention_prefill import paged_prefill
+from pdrelay.engine.kernels.triton.decode_parts import HEADER, extra_parts
 from pdrelay.engine.kernels.triton.launch import num_sms
 from pdrelay.engine.kernels.triton.linear_small import (
     LinearTuning,
@@ -57,6 +58,11 @@ from pdrelay.engine.kernels.triton.linear_small import (
 from pdrelay.engine.kernels.triton.norm import add_rms_norm
 from pdrelay.engine.kernels.triton.rope import rope_write_kv
 from pdrelay.engine.kernels.triton.sample import ArgmaxWorkspace, argmax_rows, draw_rows
+from pdrelay.engine.kernels.triton.split_rule import (
+    LEAST_PART,
+    SHARES_PER_SM,
+    most_extra_parts,
+)
 from pdrelay.errors import LaunchError
 
 DEVICE = torch.device("cpu" if SMOKE or COMPILING else "cuda")
@@ -540,6 +546,78 @@ def installed_fa3(bench: Bench) -> Fa3Paged | None:
         return None
 
 
+# Lengths of running requests, as decode buckets of 16 to 64 rows meet them.
+UNEVEN: dict[str, list[int]] = {
+    "16x900": [900] * 16,
+    "17x900": [900] * 17,
+    "16x900+8192": [8192, *[900] * 16],
+    "7x900+8192": [8192, *[900] * 7],
+    "32x640": [640] * 32,
+    "31x640+8192": [8192, *[640] * 31],
+    "64x640": [640] * 64,
+    "64x64..4032": list(range(64, 64 * 64, 63)),
+    "24x2048": [2048] * 24,
+    "32x8192": [8192] * 32,
+}
+
+
+def uneven_variants(splits: int) -> Iterator[tuple[str, int, int | None, int, int]]:
+    """(name, splits, stages, least tiles of a part, shares an SM); 0 tiles: no extra parts."""
+    yield "*rule", splits, None, 0, 2
+    yield "*rule+", splits, None, LEAST_PART, SHARES_PER_SM
+    if SMOKE:
+        return
+    for stages in (2, 3, 4, 7):
+        for count in sorted({1, splits}):
+            yield f"S{count}s{stages}", count, stages, 0, 2
+            for least, shares in ((8, 2), (16, 2)):
+                yield f"S{count}s{stages}l{least}/{shares}", count, stages, least, shares
+
+
+def bench_uneven(bench: Bench) -> None:
+    """A whole decode bucket of rows of different lengths; `rule+` is what the engine takes."""
+    kv = pages(64 * BLOCK if SMOKE else 64 * 8192)
+    cases = {"2+1": [128, 64, 64]} if SMOKE else UNEVEN
+    workspace = DecodeWorkspace(64, HEADS, DIM, DEVICE)
+    for case, lengths in cases.items():
+        rows = next(b for b in (4, 8, 16, 24, 32, 48, 64, 96) if b >= len(lengths))
+        blocks = [-(-n // BLOCK) for n in lengths]
+        sets = max(1, min(16, kv.shape[0] // sum(blocks)))
+        tables = torch.zeros((sets, rows, max(blocks)), dtype=torch.int32, device=DEVICE)
+        order = iter(torch.randperm(kv.shape[0]).to(DEVICE, torch.int32).split(1))
+        for one in tables:
+            for row, count in enumerate(blocks):
+                one[row, :count] = torch.cat([next(order) for _ in range(count)])
+        padded = [*lengths, *[0] * (rows - len(lengths))]
+        lens = torch.tensor(padded, dtype=torch.int32, device=DEVICE)
+        q = randn(rows, HEADS * DIM)
+        out = torch.empty_like(q)
+        wanted = functools.cache(
+            functools.partial(attention_reference, q[0], kv, tables[0][0], lengths[0])
+        )
+        rule = split_rule(rows, KV_HEADS, 16384, num_sms(DEVICE))
+        size = sum(lengths) * KV_HEADS * DIM * 4.0
+        for name, splits, stages, least, shares in uneven_variants(rule):
+            extras = None
+            if COMPILING and least:
+                extras = torch.zeros(HEADER + most_extra_parts(KV_HEADS, num_sms(DEVICE))).int()
+            elif least:
+                extras = extra_parts(
+                    lens, splits, KV_HEADS, num_sms(DEVICE), least=least, shares=shares
+                )
+            options = {"stages": stages, "pdl": not SMOKE}
+            calls: list[Call] = [
+                functools.partial(
+                    paged_decode,
+                    *(q, kv, t, lens, DIM**-0.5, out, workspace, splits, extras),
+                    **options,
+                )
+                for t in tables
+            ]
+            error = checked(calls[0], out[0], wanted)
+            bench.try_variant("uneven", case, name, calls, bytes=size, error=error)
+
+
 def bench_paged(bench: Bench) -> None:
     """Attention over pages as the engine calls it, beside FlashAttention-3 on the same pages."""
     fa3 = installed_fa3(bench)
@@ -580,7 +658,7 @@ def paged_decode_rows(bench: Bench, fa3: Fa3Paged | None) -> None:
                 ]
             elif fa3 is not None:
                 calls = [
-                    functools.partial(fa3.paged_decode, q, kv, t, lens, DIM**-0.5, out, 0)
+                    functools.partial(fa3.paged_decode, q, kv, t, lens, DIM**-0.5, out, 0, None)
                     for t in tables
                 ]
             if calls:
@@ -786,6 +864,7 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "gate_up": bench_gate_up,
     "fused": bench_fused,
     "decode": bench_decode,
+    "uneven": bench_uneven,
     "chain": bench_chain,
     "pointwise": bench_pointwise,
     "prefill": bench_prefill,

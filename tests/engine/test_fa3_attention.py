@@ -148,7 +148,7 @@ def test_the_real_kernels_in_a_graph_follow_lengths_and_tables():
     tables = torch.zeros((3, 32), dtype=torch.int32, device=device)
     lens = torch.zeros(3, dtype=torch.int32, device=device)
     out = torch.empty((3, q.shape[1]), dtype=torch.bfloat16, device=device)
-    call = (queries, kv, tables, lens, shape.scale, out, 1)
+    call = (queries, kv, tables, lens, shape.scale, out, 1, None)
     paged.paged_decode(*call)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -9,7 +9,13 @@ from pdrelay.engine.kernels.triton.attention_decode import (
     paged_decode,
     split_rule,
 )
-from pdrelay.engine.kernels.triton.split_rule import fills_waves, pipeline_stages
+from pdrelay.engine.kernels.triton.decode_parts import HEADER, extra_parts
+from pdrelay.engine.kernels.triton.split_rule import (
+    MAX_SPLITS,
+    fills_waves,
+    most_extra_parts,
+    pipeline_stages,
+)
 
 
 def make_batch(seq_lens, num_kv_heads, head_dim, block_size, dtype=torch.bfloat16):
@@ -132,3 +138,100 @@ def test_the_pipeline_fits_shared_memory(head_dim):
 def test_waves():
     assert fills_waves(128, 132) and fills_waves(264, 132) and fills_waves(4008, 132)
     assert not fills_waves(133, 132) and not fills_waves(192, 132) and not fills_waves(100, 132)
+
+
+def plain_extra_parts(seq_lens, num_splits, num_kv_heads, num_sms, least=16, shares=2):
+    """(most tiles of a part, [(row, part)]), written out."""
+    tiles = [-(-length // 64) for length in seq_lens]
+    limit = max(least, -(-sum(tiles) * num_kv_heads // (shares * num_sms)))
+    named = []
+    for row, count in enumerate(tiles):
+        wanted = max(num_splits, min(MAX_SPLITS, -(-count // limit)))
+        part = max(1, -(-count // wanted))
+        named += [(row, index) for index in range(num_splits, -(-count // part))]
+    return limit, named
+
+
+UNEVEN = [
+    ([8192, *[600] * 15, 0, 0], 1),
+    ([8192, *[600] * 15, 0, 0], 2),
+    ([600] * 16, 1),
+    ([8192] * 24, 1),
+    ([1, 131072, 0, 5000, 4999], 4),
+    ([0] * 4, 1),
+    ([100_000] * 3, 8),
+]
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 8])
+@pytest.mark.parametrize(("seq_lens", "num_splits"), UNEVEN)
+def test_rows_too_long_get_extra_parts(seq_lens, num_splits, num_kv_heads):
+    lens = torch.tensor(seq_lens, dtype=torch.int32, device=DEVICE)
+    words = extra_parts(lens, num_splits, num_kv_heads, 132).tolist()
+    limit, named = plain_extra_parts(seq_lens, num_splits, num_kv_heads, 132)
+    assert words[:HEADER] == [limit, len(named)]
+    assert len(named) <= len(words) - HEADER == most_extra_parts(num_kv_heads, 132)
+    assert [divmod(w, MAX_SPLITS) for w in words[HEADER : HEADER + len(named)]] == named
+
+
+def test_most_extra_parts_are_never_too_few():
+    generator = torch.Generator().manual_seed(3)
+    for case in range(300):
+        batch = int(torch.randint(1, 65, (), generator=generator))
+        longest = 64 << (case % 9)
+        lens = torch.randint(0, longest, (batch,), generator=generator).tolist()
+        for num_kv_heads in (1, 4, 8, 32):
+            named = plain_extra_parts(lens, 1 + case % 2, num_kv_heads, 132)[1]
+            assert len(named) <= most_extra_parts(num_kv_heads, 132)
+
+
+@pytest.mark.parametrize("num_splits", [1, 2])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(8, 2, 64), (5, 1, 32)])
+def test_decode_with_extra_parts(num_heads, num_kv_heads, head_dim, num_splits):
+    """Few SMs and short parts, so that lengths which the interpreter can do are cut."""
+    seq_lens = [1, 0, 700, 130, 64]
+    pool, tables, lens, dense = make_batch(seq_lens, num_kv_heads, head_dim, 16)
+    q = randn(len(seq_lens), num_heads * head_dim)
+    workspace = DecodeWorkspace(8, num_heads, head_dim, DEVICE)
+    scale = head_dim**-0.5
+    extras = extra_parts(lens, num_splits, num_kv_heads, 16, least=1)
+    assert extras[1] > 0
+    for _ in range(2):  # the workspace is as good the second time
+        out = torch.full((len(seq_lens), num_heads * head_dim), torch.nan).to(q)
+        paged_decode(q, pool, tables, lens, scale, out, workspace, num_splits, extras)
+        assert not out[1].any()
+        assert relative_error(out, reference(q, dense, num_heads, head_dim, scale)) < 1e-2
+
+
+def test_extra_parts_change_no_bit_of_rows_that_are_not_cut():
+    pool, tables, lens, _ = make_batch([60, 900, 64, 0], 2, 32, 16)
+    q = randn(4, 8 * 32)
+    extras = extra_parts(lens, 1, 2, 16, least=2)
+    assert extras[1] > 0
+    cut = paged_decode(q, pool, tables, lens, 0.2, None, None, 1, extras)
+    whole = paged_decode(q, pool, tables, lens, 0.2, num_splits=1)
+    for row in (0, 2, 3):
+        assert torch.equal(cut[row], whole[row])
+
+
+@pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
+def test_a_graph_cuts_by_the_lengths_of_its_replay():
+    pool, tables, lens, dense = make_batch([6000, 200, 300], 2, 64, 64)
+    q, workspace = randn(3, 8 * 64), DecodeWorkspace(4, 8, 64, DEVICE)
+
+    def step():
+        extras = extra_parts(lens, 1, 2, 8, least=4)
+        return paged_decode(q, pool, tables, lens, 0.125, None, workspace, 1, extras), extras
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, extras = step()
+    for lengths in ([6000, 200, 300], [6000, 0, 1], [64, 200, 256]):
+        lens.copy_(torch.tensor(lengths))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert (extras[1] > 0) == (lengths[0] == 6000)
+        cut = [kv[:, :n] for kv, n in zip(dense, lengths, strict=True)]
+        assert relative_error(out, reference(q, cut, 8, 64, 0.125)) < 1e-2

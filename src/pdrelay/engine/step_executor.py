@@ -187,7 +187,7 @@ class StepExecutor:
         context = ForwardContext(
             kv_pool=self._kv_pool,
             slot_mapping=self._uploaded[at.slots : at.slots + bucket],
-            decode=DecodeSegment(0, self._tables[:bucket], seq_lens, self._num_splits(bucket)),
+            decode=self._decode_of(bucket, self._tables[:bucket], seq_lens),
         )
         hidden = self._model.forward(
             self._words.index_select(0, self._uploaded[at.sources : at.sources + bucket]),
@@ -201,8 +201,14 @@ class StepExecutor:
     def _decode_into(self, bucket: int, results: list[torch.Tensor]) -> None:
         results[:] = [self._decode(bucket)]
 
-    def _num_splits(self, bucket: int) -> int:
-        return self._kernels.num_splits(bucket, self._num_kv_heads, self._limits.max_model_len)
+    def _decode_of(
+        self, bucket: int, tables: torch.Tensor, seq_lens: torch.Tensor
+    ) -> DecodeSegment:
+        """Rows of the flat batch from its first on, cut as the graph of `bucket` cuts them."""
+        kernels, num_heads = self._kernels, self._num_kv_heads
+        num_splits = kernels.num_splits(bucket, num_heads, self._limits.max_model_len)
+        extra_parts = kernels.extra_parts(seq_lens, num_splits, num_heads)
+        return DecodeSegment(0, tables, seq_lens, num_splits, extra_parts)
 
     def _spread_tables(self, header: StepHeader) -> None:
         count, width = header.num_decodes, header.table_width
@@ -259,12 +265,9 @@ class StepExecutor:
         # Split as the graph of this batch size splits: the same bits in a mixed step.
         bucket = bucket_of(self.buckets, count)
         assert bucket is not None
-        return DecodeSegment(
-            start=0,
-            block_tables=self._entries(header)[: count * width].view(count, width),
-            seq_lens=self._uploaded[at.seq_lens : at.logits_rows].view(torch.int32)[:count],
-            num_splits=self._num_splits(bucket),
-        )
+        tables = self._entries(header)[: count * width].view(count, width)
+        seq_lens = self._uploaded[at.seq_lens : at.logits_rows].view(torch.int32)[:count]
+        return self._decode_of(bucket, tables, seq_lens)
 
     def _prefill_tables(self, header: StepHeader) -> list[torch.Tensor]:
         entries = self._entries(header)

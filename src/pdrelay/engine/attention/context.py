@@ -30,14 +30,15 @@ class DecodeSegment:
     """Rows `start .. start + B`, one token of one request each.
 
     `block_tables`: int32 [B, max_blocks], contiguous. `seq_lens`: int32 [B], the tokens attended
-    to, the new one included. On CUDA a length of 0 marks a padding row, and `num_splits` is the
-    number of parts a row's keys are cut into.
+    to, the new one included. On CUDA a length of 0 marks a padding row, and `num_splits` and
+    `extra_parts` say how rows' keys are cut (`GpuKernels.extra_parts`).
     """
 
     start: int
     block_tables: torch.Tensor
     seq_lens: torch.Tensor
     num_splits: int = 1
+    extra_parts: torch.Tensor | None = None
 
     @property
     def num_rows(self) -> int:

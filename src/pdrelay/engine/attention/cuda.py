@@ -75,6 +75,7 @@ class CudaAttention:
                 self._shape.scale,
                 out[rows],
                 decode.num_splits,
+                decode.extra_parts,
             )
         for i, segment in enumerate(prefills):
             rows = slice(segment.start, segment.start + segment.length)

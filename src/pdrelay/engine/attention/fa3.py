@@ -48,8 +48,9 @@ class Fa3Paged:
         scale: float,
         out: torch.Tensor,
         num_splits: int,
+        extra_parts: torch.Tensor | None,
     ) -> None:
-        """`num_splits` is the Triton kernel's; FA3 has a rule of its own."""
+        """The last two are the Triton kernel's; FA3 has a rule of its own."""
         batch = q.shape[0]
         if batch >= len(self._starts):
             self._starts = torch.arange(2 * batch, dtype=torch.int32, device=self._device)

@@ -26,8 +26,10 @@ class PagedAttention(Protocol):
         scale: float,
         out: torch.Tensor,
         num_splits: int,
+        extra_parts: torch.Tensor | None,
     ) -> None:
-        """`out` [B, Hq * D]: row b of q over its first seq_lens[b] keys; 0 marks a padding row."""
+        """`out` [B, Hq * D]: row b of q over its first seq_lens[b] keys; 0 marks a padding row.
+        `extra_parts`: the step's, of the same kernels, `seq_lens` and `num_splits`."""
 
     def paged_prefill(
         self,
@@ -118,6 +120,12 @@ class GpuKernels(PagedAttention, Protocol):
 
     def num_splits(self, batch: int, num_kv_heads: int, max_seq_len: int) -> int:
         """Parts of a decode row's keys, by batch bucket and the longest sequence there may be."""
+
+    def extra_parts(
+        self, seq_lens: torch.Tensor, num_splits: int, num_kv_heads: int
+    ) -> torch.Tensor | None:
+        """What `paged_decode` needs to cut rows that are too long finer; once a step. `seq_lens`:
+        int32 [B]."""
 
 
 class TorchKernels:
@@ -222,6 +230,7 @@ class TorchKernels:
         scale: float,
         out: torch.Tensor,
         num_splits: int,
+        extra_parts: torch.Tensor | None,
     ) -> None:
         for row, (table, length) in enumerate(zip(block_tables, seq_lens.tolist(), strict=True)):
             if length == 0:
@@ -256,6 +265,11 @@ class TorchKernels:
 
     def num_splits(self, batch: int, num_kv_heads: int, max_seq_len: int) -> int:
         return 1
+
+    def extra_parts(
+        self, seq_lens: torch.Tensor, num_splits: int, num_kv_heads: int
+    ) -> torch.Tensor | None:
+        return None
 
 
 def _store(pages: torch.Tensor, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -303,6 +317,7 @@ class TritonKernels:
             activation,
             attention_decode,
             attention_prefill,
+            decode_parts,
             linear_small,
             norm,
             rope,
@@ -320,6 +335,7 @@ class TritonKernels:
         self._num_sms = num_sms(device)
         self._norm, self._activation, self._rope = norm, activation, rope
         self._decode, self._prefill = attention_decode, attention_prefill
+        self._parts = decode_parts
         self._linear, self._sample = linear_small, sample
         self._max_batch = 0
         self._workspace: attention_decode.DecodeWorkspace | None = None
@@ -422,6 +438,7 @@ class TritonKernels:
         scale: float,
         out: torch.Tensor,
         num_splits: int,
+        extra_parts: torch.Tensor | None,
     ) -> None:
         self._decode.paged_decode(
             q,
@@ -432,6 +449,7 @@ class TritonKernels:
             out,
             self._workspace,
             num_splits,
+            extra_parts,
             stages=self.decode_stages,
             pdl=self.pdl if self.decode_pdl is None else self.decode_pdl,
         )
@@ -454,3 +472,10 @@ class TritonKernels:
 
     def num_splits(self, batch: int, num_kv_heads: int, max_seq_len: int) -> int:
         return self._decode.split_rule(batch, num_kv_heads, max_seq_len, self._num_sms)
+
+    def extra_parts(
+        self, seq_lens: torch.Tensor, num_splits: int, num_kv_heads: int
+    ) -> torch.Tensor | None:
+        if num_splits == self._decode.MAX_SPLITS:
+            return None
+        return self._parts.extra_parts(seq_lens, num_splits, num_kv_heads, self._num_sms)

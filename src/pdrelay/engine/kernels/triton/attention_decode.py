@@ -1,10 +1,10 @@
 """Decode attention over pages: one query token a row, split over the keys (Flash-Decoding: Dao et
 al., 2023), the query heads of a KV head packed into one tile.
 
-Bits: a row's result depends on its own query, keys, length and `num_splits`, and on nothing else:
-not on the batch, its size, the row's place in it or the order in which programs finish. Another
-`num_splits`, `fused` on or off, another `stages` or `warps`: another order of sums, and last bits
-that may differ.
+Bits: a row's result depends on its own query, keys, length, `num_splits` and, where `extras` cut
+rows finer, on the part length that they name; on nothing else: not on the batch's size, the row's
+place in it or the order in which programs finish. Another `num_splits`, `fused` on or off, another
+`stages` or `warps`: another order of sums, and last bits that may differ.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from pdrelay.engine.kernels.triton.decode_parts import HEADER, wanted_parts
 from pdrelay.engine.kernels.triton.dot import dot
 from pdrelay.engine.kernels.triton.launch import (
     WARP,
@@ -29,11 +30,12 @@ from pdrelay.engine.kernels.triton.split_rule import (
     split_rule,
 )
 
-__all__ = ["DecodeWorkspace", "paged_decode", "split_rule"]
+__all__ = ["MAX_SPLITS", "DecodeWorkspace", "paged_decode", "split_rule"]
 
 _LOG2_E = 1.4426950408889634
 _MIN_DOT_ROWS = 16
 _REGISTERS = 128  # of 255 a thread
+_EXTRA_CHUNK = 8  # parts that are combined at once where rows may have up to MAX_SPLITS
 
 
 class DecodeWorkspace:
@@ -69,6 +71,7 @@ def paged_decode(
     out: torch.Tensor | None = None,
     workspace: DecodeWorkspace | None = None,
     num_splits: int | None = None,
+    extras: torch.Tensor | None = None,
     *,
     fused: bool = True,
     stages: int | None = None,
@@ -80,6 +83,7 @@ def paged_decode(
     `kv_layer`: [num_blocks, 2, block_size, Hkv, D]; `block_tables`: int32 [B, W]; `seq_lens`:
     int32 [B], the new token included; 0 marks a padding row, which gets zeros. `scale` multiplies
     q·k. `num_splits`: by `split_rule` of the longest sequence the tables can hold unless given.
+    `extras`: `extra_parts` of these lengths and `num_splits`; needs a workspace and `fused`.
     `fused`: the last part of a row to finish combines them; else a second kernel does. `stages`:
     depth of the K/V pipeline, by `pipeline_stages` unless given.
     """
@@ -107,21 +111,27 @@ def paged_decode(
             kv_layer.element_size(),
             num_sms(q.device),
         )
-    if workspace is None and num_splits > 1:
-        workspace = DecodeWorkspace(batch, num_heads, head_dim, q.device, num_splits)
+    slots = 0 if extras is None else extras.numel() - HEADER
+    assert fused or not slots
+    pitch = MAX_SPLITS if slots else num_splits
+    if workspace is None and pitch > 1:
+        workspace = DecodeWorkspace(batch, num_heads, head_dim, q.device, pitch)
     if workspace is None:
         partial = (out, out, out, out)
     else:
-        assert batch * num_heads * num_splits <= workspace.capacity
+        assert batch * num_heads * pitch <= workspace.capacity
         assert workspace.head_dim == head_dim
         partial = (workspace.out, workspace.maximum, workspace.total, workspace.arrived)
-    _decode[(num_kv_heads, batch, num_splits)](
+    chunk = min(pitch, _EXTRA_CHUNK) if slots else num_splits
+    _decode[(num_kv_heads, batch * num_splits + slots)](
         q,
         kv_layer,
         block_tables,
         seq_lens,
+        seq_lens if extras is None else extras,
         out,
         *partial,
+        batch,
         q.stride(0),
         block_tables.stride(0),
         scale * _LOG2_E,
@@ -133,9 +143,13 @@ def paged_decode(
         ROWS=max(_MIN_DOT_ROWS, triton.next_power_of_2(group)),
         TILE=TILE,
         SPLITS=num_splits,
+        EXTRA=slots > 0,
+        PITCH=pitch,
+        CHUNK=chunk,
+        HEADER=HEADER,
         FUSED=fused,
         STAGES=stages,
-        HEADS_AT_ONCE=_heads_at_once(group, num_splits * head_dim, warps),
+        HEADS_AT_ONCE=_heads_at_once(group, chunk * head_dim, warps),
         UPCAST=interpreting(),
         num_warps=warps,
         **pdl_flags(pdl),
@@ -161,17 +175,19 @@ def _heads_at_once(group: int, floats_per_head: int, warps: int) -> int:
     return min(triton.next_power_of_2(group), 1 << (fit.bit_length() - 1))
 
 
-@triton.jit(do_not_specialize=["table_stride"])
+@triton.jit(do_not_specialize=["batch", "table_stride"])
 def _decode(
     q_ptr: tl.tensor,
     kv_ptr: tl.tensor,
     tables_ptr: tl.tensor,
     lens_ptr: tl.tensor,
+    extras_ptr: tl.tensor,
     out_ptr: tl.tensor,
     partial_ptr: tl.tensor,
     maximum_ptr: tl.tensor,
     total_ptr: tl.tensor,
     arrived_ptr: tl.tensor,
+    batch: int,
     q_stride: int,
     table_stride: int,
     scale_log2: float,
@@ -183,6 +199,10 @@ def _decode(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     SPLITS: tl.constexpr,
+    EXTRA: tl.constexpr,
+    PITCH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HEADER: tl.constexpr,
     FUSED: tl.constexpr,
     STAGES: tl.constexpr,
     HEADS_AT_ONCE: tl.constexpr,
@@ -194,11 +214,21 @@ def _decode(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     kv_head = tl.program_id(0)
-    row = tl.program_id(1)
-    split = tl.program_id(2)
+    slot = tl.program_id(1)
+    row = slot % batch
+    split = slot // batch
+    if EXTRA:
+        place = slot - batch * SPLITS
+        named = (place >= 0) & (place < tl.load(extras_ptr + 1))
+        entry = tl.load(extras_ptr + HEADER + place, mask=named, other=0)
+        row = tl.where(place >= 0, entry // PITCH, row)
+        split = tl.where(place >= 0, tl.where(named, entry % PITCH, PITCH), split)
     length = tl.load(lens_ptr + row)
     tiles = tl.cdiv(length, TILE)
-    part = tl.cdiv(tiles, SPLITS)
+    if EXTRA:
+        part = tl.cdiv(tiles, wanted_parts(tiles, tl.load(extras_ptr), SPLITS, PITCH))
+    else:
+        part = tl.cdiv(tiles, SPLITS)
     first = split * part
     last = tl.minimum(first + part, tiles)
 
@@ -235,10 +265,13 @@ def _decode(
             total = total * shrink + tl.sum(weights, 1)
             acc = dot(weights.to(v.dtype), v, acc * shrink[:, None], UPCAST)
             maximum = highest
-        if SPLITS == 1:
+        parts = tl.cdiv(tiles, part)
+        if PITCH == 1:  # noqa: SIM114 - known when compiled, unlike the next
+            tl.store(out_at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=used)
+        elif EXTRA and parts == 1:
             tl.store(out_at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=used)
         else:
-            cell = out_line * SPLITS + split
+            cell = out_line * PITCH + split
             tl.store(partial_ptr + cell[:, None] * HEAD_DIM + columns[None, :], acc, mask=used)
             tl.store(maximum_ptr + cell, maximum, mask=queries < GROUP)
             tl.store(total_ptr + cell, total, mask=queries < GROUP)
@@ -247,7 +280,6 @@ def _decode(
                 # threads' loads: the parts were written by programs on other SMs.
                 tl.debug_barrier()
                 counter = arrived_ptr + row * NUM_KV_HEADS + kv_head
-                parts = tl.cdiv(tiles, part)
                 before = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
                 if before == parts - 1:
                     tl.debug_barrier()
@@ -263,7 +295,8 @@ def _decode(
                             GROUP - g,
                             parts,
                             HEAD_DIM,
-                            SPLITS,
+                            PITCH,
+                            CHUNK,
                             HEADS_AT_ONCE,
                         )
 
@@ -291,7 +324,17 @@ def _combine(
         parts = tl.cdiv(tiles, tl.cdiv(tiles, SPLITS))
         line = row * NUM_HEADS + tl.program_id(0)
         _combine_heads(
-            partial_ptr, maximum_ptr, total_ptr, out_ptr, line, 1, parts, HEAD_DIM, SPLITS, 1
+            partial_ptr,
+            maximum_ptr,
+            total_ptr,
+            out_ptr,
+            line,
+            1,
+            parts,
+            HEAD_DIM,
+            SPLITS,
+            SPLITS,
+            1,
         )
 
 
@@ -305,31 +348,55 @@ def _combine_heads(
     num_lines: int,
     parts: tl.tensor,
     HEAD_DIM: tl.constexpr,
-    SPLITS: tl.constexpr,
+    PITCH: tl.constexpr,
+    CHUNK: tl.constexpr,
     LINES: tl.constexpr,
 ) -> None:
-    """Lines of `out` from their first `parts` partial results each, all loads at once.
+    """Lines of `out` from their first `parts` partial results each, the loads of CHUNK at once.
 
     .cg: past the L1, which does not see what other SMs wrote.
     """
     lines = tl.arange(0, LINES)
-    splits = tl.arange(0, SPLITS)
+    splits = tl.arange(0, PITCH)
     columns = tl.arange(0, HEAD_DIM)
     real = lines < num_lines
-    cell = (first_line + lines)[:, None] * SPLITS + splits[None, :]
+    cell = (first_line + lines)[:, None] * PITCH + splits[None, :]
     there = real[:, None] & (splits < parts)[None, :]
+    maximum = tl.load(maximum_ptr + cell, mask=there, other=-1.0e30, cache_modifier=".cg")
+    total = tl.load(total_ptr + cell, mask=there, other=0.0, cache_modifier=".cg")
+    highest = tl.max(maximum, 1)
+    # At least 1 in a real line; lines that only fill up the tile have nothing to divide.
+    norm = tl.maximum(tl.sum(tl.exp2(maximum - highest[:, None]) * total, 1), 1.0e-30)
+    if CHUNK == PITCH:
+        summed = _weighted(partial_ptr, cell, there, maximum, highest, columns, HEAD_DIM)
+    else:
+        summed = tl.zeros([LINES, HEAD_DIM], tl.float32)
+        for start in range(0, parts, CHUNK):
+            some = start + tl.arange(0, CHUNK)
+            at = (first_line + lines)[:, None] * PITCH + some[None, :]
+            inside = real[:, None] & (some < parts)[None, :]
+            high = tl.load(maximum_ptr + at, mask=inside, other=-1.0e30, cache_modifier=".cg")
+            summed += _weighted(partial_ptr, at, inside, high, highest, columns, HEAD_DIM)
+    at = out_ptr + (first_line + lines)[:, None] * HEAD_DIM + columns[None, :]
+    used = real[:, None] & (columns < HEAD_DIM)[None, :]
+    tl.store(at, (summed / norm[:, None]).to(out_ptr.dtype.element_ty), mask=used)
+
+
+@triton.jit
+def _weighted(
+    partial_ptr: tl.tensor,
+    cell: tl.tensor,
+    there: tl.tensor,
+    maximum: tl.tensor,
+    highest: tl.tensor,
+    columns: tl.tensor,
+    HEAD_DIM: tl.constexpr,
+) -> tl.tensor:
+    """[lines, HEAD_DIM]: the sum of the partial results in `cell` [lines, parts], by weight."""
     partial = tl.load(
         partial_ptr + cell[:, :, None] * HEAD_DIM + columns[None, None, :],
         mask=there[:, :, None] & (columns < HEAD_DIM)[None, None, :],
         other=0.0,
         cache_modifier=".cg",
     )
-    maximum = tl.load(maximum_ptr + cell, mask=there, other=-1.0e30, cache_modifier=".cg")
-    total = tl.load(total_ptr + cell, mask=there, other=0.0, cache_modifier=".cg")
-    weight = tl.exp2(maximum - tl.max(maximum, 1)[:, None])
-    # At least 1 in a real line; lines that only fill up the tile have nothing to divide.
-    norm = tl.maximum(tl.sum(weight * total, 1), 1.0e-30)
-    summed = tl.sum(partial * weight[:, :, None], 1) / norm[:, None]
-    at = out_ptr + (first_line + lines)[:, None] * HEAD_DIM + columns[None, :]
-    inside = real[:, None] & (columns < HEAD_DIM)[None, :]
-    tl.store(at, summed.to(out_ptr.dtype.element_ty), mask=inside)
+    return tl.sum(partial * tl.exp2(maximum - highest[:, None])[:, :, None], 1)

@@ -8,6 +8,8 @@ _PROGRAMS_PER_SM = 2
 _STAGES, _MOST_STAGES, _FEWEST_STAGES = 3, 7, 2
 _CROWD = 3  # programs an SM that hide each other's waiting
 _SHARED_BYTES = 224 << 10  # of 227 KiB an SM has for one program
+SHARES_PER_SM = 2  # a part has at most a half of what an SM has to read in all
+LEAST_PART = 16  # tiles of a part that is cut off for balance
 
 
 def split_rule(batch: int, num_kv_heads: int, max_seq_len: int, num_sms: int) -> int:
@@ -20,6 +22,12 @@ def split_rule(batch: int, num_kv_heads: int, max_seq_len: int, num_sms: int) ->
     tiles = max(1, -(-max_seq_len // TILE))
     most = min(wanted, tiles, MAX_SPLITS)
     return 1 << (most.bit_length() - 1)
+
+
+def most_extra_parts(num_kv_heads: int, num_sms: int) -> int:
+    """Slots for parts beyond the grid's own (`decode_parts.py`): with no part longer than 1 /
+    SHARES_PER_SM of what an SM has to read, there are never more."""
+    return -(-SHARES_PER_SM * num_sms // num_kv_heads)
 
 
 def pipeline_stages(
