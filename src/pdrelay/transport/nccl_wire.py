@@ -32,7 +32,11 @@ from pdrelay.transport.nccl_library import UNIQUE_ID_BYTES, NcclLibrary
 
 # A piece is at most this, or one block: what the consumer sets aside for each producer, twice.
 STAGING_BYTES = 16 << 20
-_TICK_MS = 1  # NCCL says only when asked that a communicator or a group is ready
+# NCCL says only when asked that a communicator or a group is ready. A group is on its stream some
+# 50 us later: asking every millisecond alone made each layer of a prompt take 1.2 ms (H200,
+# docs/LOG.md 2026-11-24).
+_SPIN_NS = 300_000
+_TICK_MS = 1
 _ABORT_TIMEOUT_S = 5.0
 
 
@@ -121,11 +125,13 @@ class NcclEnd:
         self._until_ready("the other rank did not join")
 
     def _until_ready(self, problem: str) -> None:
-        deadline = self._clock() + int(self._timeout_s * 1e9)
+        begun = self._clock()
         while not self.library.ready(self._communicator):
-            if self._clock() > deadline:
+            waited = self._clock() - begun
+            if waited > self._timeout_s * 1e9:
                 raise TransportError(f"{problem} within {self._timeout_s:g} s")
-            self._watch(_TICK_MS)
+            if waited > _SPIN_NS:
+                self._watch(_TICK_MS)
 
     def send(self, pieces: list[tuple[int, int]], stream: Any) -> None:
         self.library.send(self._communicator, pieces, stream)
