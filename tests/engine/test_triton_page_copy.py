@@ -251,6 +251,7 @@ def test_lists_of_pages_in_use_are_not_overwritten():
     memory = np.zeros(layout.total_bytes, np.uint8)
     pool = PagePool(layout, memory.ctypes.data)
     copier = PageCopier(None)
+    del copier._ids[1:]
     first = copier.launch(pool, pool, [PageMove(0, BlockPairs([1], [1]))])
     first.busy = Pending()
     kept = first.array[:2].copy()
@@ -258,6 +259,16 @@ def test_lists_of_pages_in_use_are_not_overwritten():
     assert second is not first and np.array_equal(first.array[:2], kept)
     first.busy.reached = True
     assert copier.launch(pool, pool, [PageMove(0, BlockPairs([3], [3]))]) is first
+
+
+def test_the_list_that_was_used_longest_ago_is_next_and_long_lists_come_as_needed():
+    copier = PageCopier(None)
+    lists = list(copier._ids)
+    assert [copier._free_ids(10) for _ in range(len(lists) + 1)] == [*lists, lists[0]]
+    long = copier._free_ids(len(lists[0].array) + 1)
+    assert long not in lists and len(long.array) > len(lists[0].array)
+    assert copier._free_ids(len(long.array)) is long
+    assert copier._free_ids(10) is lists[1]
 
 
 def test_a_closed_copier_holds_no_page_lists_whoever_holds_it():

@@ -31,8 +31,9 @@ DEFAULT_CTAS = 16
 # flight that a link of 390 GB/s needs over a latency of about 1 µs.
 CHUNK_BYTES = 32 << 10
 NUM_WARPS = 16
-_MIN_IDS = 1 << 16  # 0.25 MB: 32,768 pages, more than a prompt of 8,192 tokens has
-_NUM_LISTS = 4  # made ahead: pinning memory takes long
+# Made ahead, as pinning memory takes long: for all layers of 4,000 blocks, or 4,000 pages.
+_MIN_IDS = 1 << 13
+_NUM_LISTS = 32
 
 
 def page_ids(source: PagePool, target: PagePool, moves: Sequence[PageMove], out: I32) -> None:
@@ -235,16 +236,14 @@ class PageCopier:
         return torch.cuda.stream(stream)
 
     def _free_ids(self, num_ids: int) -> _Ids:
-        for ids in self._ids:
-            if len(ids.array) >= num_ids and ids.free():
-                return ids
-        for ids in list(self._ids):
-            if ids.free():  # it is too small
-                self._ids.remove(ids)
-                ids.close()
-        ids = _Ids(max(_MIN_IDS, 1 << (num_ids - 1).bit_length()), self._driver)
-        self._ids.append(ids)
-        return ids
+        """The one used longest ago; a further one if it is in use, as the stream is in order."""
+        large = next((ids for ids in self._ids if len(ids.array) >= num_ids), None)
+        if large is not None and large.free():
+            self._ids.remove(large)
+        else:
+            large = _Ids(max(_MIN_IDS, 1 << (num_ids - 1).bit_length()), self._driver)
+        self._ids.append(large)
+        return large
 
 
 def word_bytes(page_bytes: int) -> int:
