@@ -290,13 +290,9 @@ def move_runs(source: PagePool, target: PagePool, moves: Sequence[PageMove]) -> 
 
 def latest(order: dict[int, Any], wanted: Sequence[int]) -> int | None:
     """Of the layers `wanted`, the one that comes last in `order`; None unless all are there."""
-    members = set(wanted)
-    if not order.keys() >= members:
+    if not all(map(order.__contains__, wanted)):
         return None
-    for layer in reversed(list(order)):
-        if layer in members:
-            return layer
-    return None
+    return next((layer for layer in reversed(list(order)) if layer in wanted), None)
 
 
 class Done:
