@@ -7,7 +7,7 @@ Both sides run in this process: for tcp and pool, on a second thread. Times are 
 `send` to `Arrived`, best and median of the repeats, after a warm-up that touches all pages. The
 block ids are one run (a fresh pool) or shuffled (an old one). A copy reads and writes each byte
 once, and that is mapped's bound; tcp and pool copy everything twice. On GPUs (one or two) the
-consumer is a process of its own: see gpu_transports.py.
+consumer is a process of its own: see gpu_transports.py and gpu_bulk.py.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ def main() -> None:
     parser.add_argument("--peer", type=int, default=-1, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.device != "cpu":
-        from gpu_transports import run_gpu, serve_consumer
+        from gpu_transport_rig import serve_consumer
+        from gpu_transports import run_gpu
 
         if arguments.peer >= 0:
             serve_consumer(arguments.peer, arguments.device)

@@ -15,7 +15,14 @@ from triton_harness import DEVICE, ON_GPU
 
 from pdrelay.core.kv_layout import KVLayout
 from pdrelay.transport.base import Descriptor, Sent
-from pdrelay.transport.cuda.page_copy import PageCopier, copy_pages, page_ids, word_bytes
+from pdrelay.transport.cuda.page_copy import (
+    PageCopier,
+    chunk_plan,
+    copy_pages,
+    page_ids,
+    page_list,
+    word_bytes,
+)
 from pdrelay.transport.device import BlockPairs, PageMove, PagePool
 from pdrelay.transport.host_device import HostDevice, HostFabric, HostPages
 from pdrelay.transport.registry import TransportOptions, create_transport
@@ -41,16 +48,26 @@ def test_pages_are_copied_and_nothing_else_changes(page_bytes, num_ctas, chunk_b
     pairs = [(6, 0), (0, 8), (3, 5), (2, 2), (6, 7)]
     for a, b in pairs:
         wanted[b] = source.view(7, -1)[a]
-    ids = torch.tensor(pairs, dtype=torch.int32).T.contiguous().view(-1).to(DEVICE)
-    copy_pages(source, target, ids, 5, page_bytes, num_ctas=num_ctas, chunk_bytes=chunk_bytes)
+    numbers = torch.tensor([0, *(a for a, _ in pairs), *(b for _, b in pairs)], dtype=torch.int32)
+    plan = chunk_plan(page_bytes, chunk_bytes)
+    copy_pages(source, target, numbers.to(DEVICE), 1, 5, 7, 9, plan, num_ctas=num_ctas)
     assert torch.equal(target.view(9, -1), wanted)
 
 
-def test_no_pages_are_no_launch():
-    words = random_words(4, 8, 1)
-    before = words.clone()
-    copy_pages(words, words, torch.empty(0, dtype=torch.int32, device=DEVICE), 0, 8)
-    assert torch.equal(words, before)
+@pytest.mark.parametrize("num_ctas", [1, 3, 64])
+def test_layers_share_their_pairs_of_blocks(num_ctas):
+    page_bytes, layers, pairs = 96, [2, 0, 3], [(4, 1), (0, 5), (1, 0)]
+    source = random_words(4 * 5 * page_bytes // 8, 8, 1)
+    target = random_words(4 * 6 * page_bytes // 8, 8, 2)
+    wanted = target.clone().view(4, 6, -1)
+    for layer in layers:
+        for a, b in pairs:
+            wanted[layer, b] = source.view(4, 5, -1)[layer, a]
+    numbers = [*layers, *(a for a, _ in pairs), *(b for _, b in pairs)]
+    on_device = torch.tensor(numbers, dtype=torch.int32).to(DEVICE)
+    plan = chunk_plan(page_bytes, 64)  # the last of two chunks is half empty
+    copy_pages(source, target, on_device, 3, 3, 5, 6, plan, num_ctas=num_ctas)
+    assert torch.equal(target.view(4, 6, -1), wanted)
 
 
 @st.composite
@@ -79,6 +96,28 @@ def test_page_ids_are_those_of_a_loop(moves):
     ids = np.full((2, len(pages)), -1, np.int32)
     page_ids(source, target, moves, ids)
     assert ids.T.tolist() == [[layer * 8 + a, layer * 11 + b] for layer, a, b in pages]
+
+
+@given(moves=all_moves())
+def test_page_lists_name_each_page_once(moves):
+    if not moves:
+        return
+    source, target = PagePool(make_layout(8), 0), PagePool(make_layout(11), 0)
+    numbers = np.full(100, -1, np.int32)
+    used = []
+
+    def room(num_ids):
+        used.append(num_ids)
+        return numbers[:num_ids]
+
+    num_layers, num_pairs = page_list(source, target, moves, room)
+    assert used == [num_layers + 2 * num_pairs]
+    layers, src, dst = np.split(numbers[: used[0]], [num_layers, num_layers + num_pairs])
+    named = [(8 * n + a, 11 * n + b) for n in layers for a, b in zip(src, dst, strict=True)]
+    pages = [(m.layer, a, b) for m in moves for a, b in zip(m.pairs.src, m.pairs.dst, strict=True)]
+    assert named == [(8 * layer + a, 11 * layer + b) for layer, a, b in pages]
+    if all(move.pairs is moves[0].pairs for move in moves):
+        assert num_layers == len(moves)  # a list of blocks, not of pages
 
 
 # ---- through the seam, in the interpreter: a fake device whose copies are the kernel's
@@ -212,6 +251,7 @@ def test_lists_of_pages_in_use_are_not_overwritten():
     memory = np.zeros(layout.total_bytes, np.uint8)
     pool = PagePool(layout, memory.ctypes.data)
     copier = PageCopier(None)
+    del copier._ids[1:]
     first = copier.launch(pool, pool, [PageMove(0, BlockPairs([1], [1]))])
     first.busy = Pending()
     kept = first.array[:2].copy()
@@ -221,8 +261,54 @@ def test_lists_of_pages_in_use_are_not_overwritten():
     assert copier.launch(pool, pool, [PageMove(0, BlockPairs([3], [3]))]) is first
 
 
+def test_the_list_that_was_used_longest_ago_is_next_and_long_lists_come_as_needed():
+    copier = PageCopier(None)
+    lists = list(copier._ids)
+    assert [copier._free_ids(10) for _ in range(len(lists) + 1)] == [*lists, lists[0]]
+    long = copier._free_ids(len(lists[0].array) + 1)
+    assert long not in lists and len(long.array) > len(lists[0].array)
+    assert copier._free_ids(len(long.array)) is long
+    assert copier._free_ids(10) is lists[1]
+
+
 def test_a_closed_copier_holds_no_page_lists_whoever_holds_it():
     copier = PageCopier(None)
     lists = [weakref.ref(ids) for ids in copier._ids]
     copier.close()
     assert lists and all(ref() is None for ref in lists)
+
+
+class FakeCompiled:
+    """Stands for what Triton compiled, which only a GPU launches."""
+
+    def __init__(self):
+        self.launches = []
+
+    def __getitem__(self, grid):
+        def launch(source, target, numbers, *rest, stream):
+            assert [type(a) for a in (source, target, numbers, *rest)] == [int] * 10
+            self.launches.append((grid, stream, rest))
+
+        return launch
+
+
+def test_what_is_compiled_is_launched_by_addresses_on_the_stream():
+    if ON_GPU:
+        pytest.skip("a copier over memory of the host")
+    layout = make_layout()
+    memory = np.zeros(layout.total_bytes + 16, np.uint8)
+    start = -memory.ctypes.data % 16
+    pool = PagePool(layout, memory.ctypes.data + start)
+    odd = PagePool(layout, pool.address + 8)
+    copier = PageCopier(None, stream=77)
+    plan = chunk_plan(layout.layer_block_bytes)
+    kernel = FakeCompiled()
+    copier._compiled[plan, True, True] = kernel
+    pairs = BlockPairs([1, 2], [5, 4])
+    moves = [PageMove(layer, pairs) for layer in (0, 2)]
+    ids = copier.launch(pool, pool, moves, num_ctas=3)
+    assert ids.array[:6].tolist() == [0, 2, 1, 2, 5, 4]
+    assert kernel.launches == [((3, 1, 1), 77, (2, 2, 8, 8, 4, plan.words, plan.chunk))]
+    copier.launch(odd, pool, moves, num_ctas=3)  # compiled for another alignment: not this one
+    assert len(kernel.launches) == 1
+    copier.close()

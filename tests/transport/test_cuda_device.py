@@ -19,6 +19,7 @@ SOURCE, TARGET = PagePool(LAYOUT, 1 << 40), PagePool(LAYOUT, 1 << 41)
 
 class FakeDriver:
     has_batch = True
+    compute_is_idle = False
 
     def __init__(self):
         self.calls = []
@@ -33,6 +34,12 @@ class FakeDriver:
 
     def context(self, ordinal):
         return 1
+
+    def num_multiprocessors(self, ordinal):
+        return 132
+
+    def idle(self, stream):
+        return self.compute_is_idle
 
     def make_current(self, context):
         pass
@@ -72,17 +79,18 @@ class FakeCopier:
     class Ids:
         busy = None
 
+    class Launch:
+        pass
+
     def __init__(self, driver):
         self._driver = driver
-        self.forgotten = []
 
-    def launch(self, source, target, moves, *, num_ctas):
-        self._driver.calls.append(("kernel", len(moves), num_ctas))
+    def prepare(self, source, target, moves, *, num_ctas):
         self.ids = self.Ids()
-        return self.ids
-
-    def forget(self, address):
-        self.forgotten.append(address)
+        launch = self.Launch()
+        call = ("kernel", len(moves), num_ctas)
+        launch.ids, launch.enqueue = self.ids, lambda: self._driver.calls.append(call)
+        return launch
 
     def close(self):
         self._driver.calls.append(("copier closed",))
@@ -159,10 +167,80 @@ def test_a_layer_that_was_never_written_waits_for_all_that_was_launched():
     device.close()
 
 
-def test_a_closed_mapping_is_forgotten_before_it_goes():
+@pytest.mark.parametrize(
+    ("num_blocks", "block_runs", "way"),
+    [
+        (1, 1, "batch"),  # 4 runs: cheaper than a launch
+        (4, 4, "kernel"),  # 16 runs of 1 MiB
+        (8, 2, "batch"),  # 8 runs of 4 MiB
+        (8, 4, "batch"),  # 16 runs of 2 MiB
+        (8, 8, "kernel"),
+    ],
+)
+def test_long_runs_and_few_are_the_drivers(num_blocks, block_runs, way):
     device = make_device()
-    device.close_peer(TARGET.address)
-    assert device._copier.forgotten == [TARGET.address]
+    length = num_blocks // block_runs
+    src = [3 * run * length + i for run in range(block_runs) for i in range(length)]
+    pairs = BlockPairs(src, list(range(num_blocks)))
+    assert pairs.num_runs == block_runs
+    device.copy_pages(SOURCE, TARGET, [PageMove(layer, pairs) for layer in range(4)], None)
+    assert kinds(device) == ["record", way, "record"]
+    device.close()
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "idle", "page_copies", "num_ctas"),
+    [
+        (8, True, "auto", 132),
+        (8, False, "auto", 16),  # something computes
+        (7, True, "auto", 16),  # not worth it
+        (8, True, "kernel", 16),  # as told
+    ],
+)
+def test_much_on_an_idle_device_takes_all_of_it(num_blocks, idle, page_copies, num_ctas):
+    device = make_device(page_copies=page_copies)
+    device.driver.compute_is_idle = idle
+    pairs = BlockPairs(list(range(0, 2 * num_blocks, 2)), list(range(num_blocks)))
+    device.copy_pages(SOURCE, TARGET, [PageMove(layer, pairs) for layer in range(4)], None)
+    assert device.driver.calls[1] == ("kernel", 4, num_ctas)
+    device.close()
+
+
+def test_events_are_used_again_once_nobody_holds_them_and_destroyed_at_the_end():
+    device = make_device()
+    first = device.launched()
+    held, timed = first.handle, device.copy([Run(1, 2, 3)], None)
+    assert device.launched().handle != held  # that one is free again
+    others = [device.launched() for _ in range(3)]
+    assert held not in [event.handle for event in others]
+    del first
+    assert device.launched().handle == held
+    end = timed._end.handle
+    del timed
+    assert end not in [device.launched().handle for _ in range(8)]  # it keeps time
+    del others
+    assert device.driver.destroyed == []
+    device.close()
+    created = next(device.driver._handles) - 101  # less the side stream
+    assert len(device.driver.destroyed) == len(set(device.driver.destroyed)) == created
+    late = make_device()
+    event = late.launched()
+    late.close()
+    del event  # with its context
+
+
+def test_all_is_prepared_before_the_clock_starts():
+    device = make_device()
+    calls = device.driver.calls
+    prepare = device._copier.prepare
+
+    def prepared(*arguments, **options):
+        calls.append(("prepare",))
+        return prepare(*arguments, **options)
+
+    device._copier.prepare = prepared
+    device.copy_pages(SOURCE, TARGET, SHORT, device.launched())
+    assert kinds(device)[1:] == ["prepare", "wait", "record", "kernel", "record"]
     device.close()
 
 

@@ -10,10 +10,11 @@ Nothing here blocks except `Event.wait`, which only threads of a transport call.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -32,26 +33,59 @@ class PagePool:
 
 
 class BlockPairs:
-    """Blocks of one pool and where they go in another, as several layers share them."""
+    """Blocks of one pool and where they go in another, as several layers share them.
 
-    __slots__ = ("dst", "runs", "src")
+    `runs`: int64 [3, number of runs], what `contiguous_runs` finds: first source block, first
+    destination block and number of blocks of each.
+    """
+
+    __slots__ = ("dst", "num_runs", "runs", "src")
 
     def __init__(self, src_blocks: Sequence[int], dst_blocks: Sequence[int]) -> None:
         assert src_blocks and len(src_blocks) == len(dst_blocks)
         self.src: npt.NDArray[np.int32] = np.array(src_blocks, np.int32)
         self.dst: npt.NDArray[np.int32] = np.array(dst_blocks, np.int32)
-        self.runs = list(contiguous_runs(src_blocks, dst_blocks))
+        self.runs = _block_runs(self.src, self.dst)
+        self.num_runs = self.runs.shape[1]
 
     def __len__(self) -> int:
         return len(self.src)
 
 
-@dataclass(frozen=True, slots=True)
-class PageMove:
-    """One layer of blocks."""
+def _block_runs(src: npt.NDArray[np.int32], dst: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+    breaks = ((src[1:] - src[:-1] != 1) | (dst[1:] - dst[:-1] != 1)).nonzero()[0]
+    if not len(breaks):  # a fresh pool, mostly
+        return np.array([[src[0]], [dst[0]], [len(src)]], np.int64)
+    runs = np.empty((3, len(breaks) + 1), np.int64)
+    starts = runs[2]
+    starts[0] = 0
+    np.add(breaks, 1, out=starts[1:])
+    runs[0] = src[starts]
+    runs[1] = dst[starts]
+    starts[:-1] = starts[1:] - starts[:-1]  # from here on, lengths
+    starts[-1] = len(src) - starts[-1]
+    return runs
+
+
+class PageMove(msgspec.Struct, frozen=True):
+    """One layer of blocks. (A Struct: a hand-over makes one a layer, and a frozen dataclass takes
+    five times as long.)"""
 
     layer: int
     pairs: BlockPairs
+
+
+def alike(moves: Sequence[PageMove]) -> list[tuple[BlockPairs, list[int]]]:
+    """Pairs and the layers that they move, of neighbours in `moves` that share them."""
+    groups: list[tuple[BlockPairs, list[int]]] = []
+    pairs: BlockPairs | None = None
+    layers: list[int] = []
+    for move in moves:
+        if move.pairs is not pairs:
+            pairs, layers = move.pairs, []
+            groups.append((pairs, layers))
+        layers.append(move.layer)
+    return groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +96,34 @@ class Run:
     dst: int
     src: int
     num_bytes: int
+
+
+class RunTable(Sequence[Run]):
+    """Runs as numbers that a driver takes as they are: `table`, int64 [3, number of runs], holds
+    destination addresses, source addresses and bytes."""
+
+    __slots__ = ("table",)
+
+    def __init__(self, table: npt.NDArray[np.int64]) -> None:
+        assert table.flags.c_contiguous
+        self.table = table
+
+    @classmethod
+    def of(cls, runs: Sequence[Run]) -> RunTable:
+        if isinstance(runs, RunTable):
+            return runs
+        rows = [[run.dst, run.src, run.num_bytes] for run in runs]
+        return cls(np.array(rows, np.int64).reshape(len(rows), 3).T.copy())
+
+    def __len__(self) -> int:
+        return int(self.table.shape[1])
+
+    def __iter__(self) -> Iterator[Run]:
+        for dst, src, num_bytes in self.table.T.tolist():
+            yield Run(dst, src, num_bytes)
+
+    def __getitem__(self, index: Any) -> Any:
+        return list(self)[index]
 
 
 class Event(Protocol):
@@ -208,23 +270,29 @@ def page_runs(
     ]
 
 
-def move_runs(source: PagePool, target: PagePool, moves: Sequence[PageMove]) -> list[Run]:
+def move_runs(source: PagePool, target: PagePool, moves: Sequence[PageMove]) -> RunTable:
     """The moves in as few runs as there are."""
+    groups = alike(moves)
+    table = np.empty((3, sum(pairs.num_runs * len(layers) for pairs, layers in groups)), np.int64)
     size = source.layout.layer_block_bytes
-    runs = []
-    for move in moves:
-        src = source.address + source.layout.offset(move.layer, 0)
-        dst = target.address + target.layout.offset(move.layer, 0)
-        runs += [Run(dst + b * size, src + a * size, n * size) for a, b, n in move.pairs.runs]
-    return runs
+    done = 0
+    for pairs, layers in groups:
+        end = done + pairs.num_runs * len(layers)
+        part = table[:, done:end].reshape(3, len(layers), pairs.num_runs)
+        src, dst, num_blocks = pairs.runs * size
+        number = np.array(layers, np.int64)[:, None]
+        np.add(number * target.layout.offset(1, 0) + target.address, dst, out=part[0])
+        np.add(number * source.layout.offset(1, 0) + source.address, src, out=part[1])
+        part[2] = num_blocks
+        done = end
+    return RunTable(table)
 
 
-def latest(order: Sequence[int], wanted: Sequence[int]) -> int | None:
+def latest(order: dict[int, Any], wanted: Sequence[int]) -> int | None:
     """Of the layers `wanted`, the one that comes last in `order`; None unless all are there."""
-    places = {layer: place for place, layer in enumerate(order)}
-    if not all(layer in places for layer in wanted):
+    if not all(map(order.__contains__, wanted)):
         return None
-    return max(wanted, key=places.__getitem__)
+    return next((layer for layer in reversed(list(order)) if layer in wanted), None)
 
 
 class Done:

@@ -66,6 +66,7 @@ from pdrelay.transport.device import (
     Event,
     PageMove,
     PagePool,
+    alike,
 )
 from pdrelay.transport.news import Bell, NewsQueue
 from pdrelay.transport.open_transfers import OpenTransfer, OpenTransfers
@@ -74,6 +75,9 @@ from pdrelay.transport.stored import StoredTransfers
 NAME = "mapped"
 # Layers are copied together until they are worth a launch (5 µs of NVLink), or a round is over.
 BATCH_BYTES = 2 << 20
+# A long round starts before it is over, so that the host says the rest while the device copies: 85
+# µs of NVLink are more than what it takes to say and launch as much again, or twice as much.
+ROUND_BYTES = 32 << 20
 _CLOSE_TIMEOUT_S = 10.0
 
 
@@ -178,10 +182,12 @@ class DeviceMappedTransport:
 class _Outgoing(OpenTransfer):
     queued: list[PageMove] = field(default_factory=list)
     num_queued: int = 0  # pages
+    room: int = 0  # pages; the queue of this round starts when it is longer
     copies: list[Copy] = field(default_factory=list)
     # The latest blocks: the layers of a chunk have the same ones, and share their pairs.
     blocks: tuple[list[int], list[int]] = ([], [])
-    pairs: BlockPairs | None = None
+    pairs: BlockPairs | None = None  # None: no blocks
+    num_pairs: int = 0
 
 
 class DeviceMappedLink:
@@ -203,6 +209,8 @@ class DeviceMappedLink:
         self._device = pages.device
         self._local = PagePool(pages.layout, pages.address)
         self._remote = PagePool(remote_layout, remote_address)
+        self._num_layers = pages.layout.num_layers
+        self._round_pages = max(1, ROUND_BYTES // pages.layout.layer_block_bytes)
         self._completions = completions
         self._close_mapping = close_mapping
         self._clock = clock
@@ -217,7 +225,7 @@ class DeviceMappedLink:
 
     def begin(self, transfer_id: str, keys: Sequence[bytes]) -> None:
         with self._lock:
-            self._open.begin(_Outgoing(transfer_id))
+            self._open.begin(_Outgoing(transfer_id, room=self._round_pages))
 
     def send(
         self,
@@ -227,31 +235,41 @@ class DeviceMappedLink:
         src_blocks: Sequence[int],
         dst_blocks: Sequence[int],
     ) -> None:
-        with self._lock:
+        # Without the lock: the waiting thread ends only transfers that are finished.
+        outgoing = self._open.get(transfer_id)
+        if outgoing is None or outgoing.finished:
             self._open.check_alive()
             outgoing = self._open.sending(transfer_id)
-        check_layer(layer, self._local.layout)
-        pairs = self._pairs(outgoing, src_blocks, dst_blocks)
-        if pairs is not None:
-            outgoing.queued.append(PageMove(layer, pairs))
-            outgoing.num_queued += len(pairs)
-
-    def _pairs(
-        self, outgoing: _Outgoing, src_blocks: Sequence[int], dst_blocks: Sequence[int]
-    ) -> BlockPairs | None:
-        """None: no blocks. Raises TransportError for blocks that do not exist."""
+        if not 0 <= layer < self._num_layers:
+            check_layer(layer, self._local.layout)
         if outgoing.blocks != (src_blocks, dst_blocks):
-            check_slots(src_blocks, dst_blocks)
-            check_blocks(src_blocks, self._local.layout, "local")
-            check_blocks(dst_blocks, self._remote.layout, "remote")
-            outgoing.blocks = (list(src_blocks), list(dst_blocks))
-            outgoing.pairs = BlockPairs(src_blocks, dst_blocks) if src_blocks else None
-        return outgoing.pairs
+            self._pair(outgoing, src_blocks, dst_blocks)
+        if outgoing.pairs is None:
+            return
+        outgoing.queued.append(PageMove(layer, outgoing.pairs))
+        outgoing.num_queued += outgoing.num_pairs
+        if outgoing.num_queued >= outgoing.room:
+            outgoing.room *= 2
+            self._start(outgoing)
+
+    def _pair(
+        self, outgoing: _Outgoing, src_blocks: Sequence[int], dst_blocks: Sequence[int]
+    ) -> None:
+        """Raises TransportError for blocks that do not exist."""
+        check_slots(src_blocks, dst_blocks)
+        check_blocks(src_blocks, self._local.layout, "local")
+        check_blocks(dst_blocks, self._remote.layout, "remote")
+        outgoing.blocks = (list(src_blocks), list(dst_blocks))
+        outgoing.pairs = BlockPairs(src_blocks, dst_blocks) if src_blocks else None
+        outgoing.num_pairs = len(src_blocks)
 
     def flush(self, transfer_id: str) -> None:
         with self._lock:
             outgoing = self._open.get(transfer_id)
-        if outgoing is None or not outgoing.queued:
+        if outgoing is None:
+            return
+        outgoing.room = self._round_pages
+        if not outgoing.queued:
             return
         layout = self._local.layout
         last = outgoing.queued[-1].layer == layout.num_layers - 1
@@ -266,13 +284,13 @@ class DeviceMappedLink:
             return
         now = self._clock()
         # In the middle of a step the last layer's latest writes are older than the first one's.
-        after = self._device.writes_of(*{move.layer: None for move in moves})
+        after = self._device.writes_of(*[move.layer for move in moves])
         copy = self._device.copy_pages(self._local, self._remote, moves, after)
         self._last_copy = copy
         with self._lock:
             outgoing.copies.append(copy)
             num_bytes = num_pages * self._local.layout.layer_block_bytes
-            num_runs = sum(len(move.pairs.runs) for move in moves)
+            num_runs = sum(pairs.num_runs * len(layers) for pairs, layers in alike(moves))
             outgoing.meter.add(now, now, num_bytes, num_runs)
 
     def stored(self, transfer_id: str, num_pages: int, num_pieces: int, start_ns: int) -> None:

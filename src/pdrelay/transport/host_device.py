@@ -173,7 +173,7 @@ class HostDevice:
         self._record(self._compute, event)
 
     def writes_of(self, *layers: int) -> Event:
-        layer = latest(list(self._written), layers)
+        layer = latest(self._written, layers)
         return self.launched() if layer is None else self._written[layer]
 
     def launched(self) -> Event:

@@ -151,7 +151,7 @@ class DeviceWriter:
         pairs = BlockPairs(np.concatenate(src).tolist(), np.concatenate(dst).tolist())
         move_all = [PageMove(0, pairs)]
         copy = pages.device.copy_pages(mine.pool, theirs.pool, move_all, pages.written)
-        return copy, len(pairs.runs)
+        return copy, pairs.num_runs
 
     def _copy_runs(self, moves: Sequence[Move]) -> tuple[Copy, int]:
         pages = self._pages

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,24 +19,38 @@ from pdrelay.transport.device import (
     PageMove,
     PagePool,
     Run,
+    RunTable,
+    alike,
     latest,
     move_runs,
 )
 
 PageCopies = Literal["auto", "kernel", "driver"]
-# Runs as long as this keep a link busy while the host submits the next one: copy engines then copy,
-# and no multiprocessor has to.
-_ENGINE_RUN_BYTES = 4 << 20
-
-T = TypeVar("T")
+# Who copies: between two H200 over NVLink a copy engine moves 395 GB/s and spends 1.3 µs more on
+# each run (4,096 runs of 256 KiB in 8.1 ms), the page-copy kernel of 16 thread blocks moves 329
+# GB/s whatever the runs, and starts some 8 µs later, behind its list. That makes them equal at 6
+# runs, and one more for every 2.6 MB; of equals the engine, which occupies no multiprocessor.
+# (64 MiB in 32 runs: 200 GB/s by the driver, 158 by the kernel. `python benchmarks/transports.py
+# --device cuda`, 2026-11-24.)
+_FREE_RUNS = 6
+_ENGINE_RUN_BYTES = 2 << 20
+# From here on a kernel on an idle device takes all of it: 132 thread blocks instead of 16 gained
+# 3 to 12 % at 1 GiB there. While a prefill computes they would take its multiprocessors.
+_WHOLE_DEVICE_BYTES = 32 << 20
 
 
 class CudaEvent:
-    """An event of this module's; it wakes a waiting thread by interrupt, not by spinning."""
+    """An event of this module's; it wakes a waiting thread by interrupt, not by spinning.
+
+    Its handle is recorded again by a later one once nobody holds this one: a stream that waits for
+    it took note of the place when it was told to wait."""
+
+    __slots__ = ("_device", "_timing", "handle")
 
     def __init__(self, device: CudaDevice, *, timing: bool = False) -> None:
         self._device = device
-        self.handle = device.driver.create_event(timing=timing)
+        self._timing = timing
+        self.handle = device.take_event(timing)
 
     def record(self, stream: int) -> CudaEvent:
         self._device.driver.record(self.handle, stream)
@@ -51,7 +65,7 @@ class CudaEvent:
 
     def __del__(self) -> None:
         if hasattr(self, "handle"):
-            self._device.drop_event(self.handle)
+            self._device.drop_event(self.handle, self._timing)
 
 
 class CudaCopy:
@@ -83,14 +97,17 @@ class CudaStream:
         return CudaEvent(self._device).record(self.handle)
 
     def copy(self, runs: Sequence[Run]) -> CudaCopy:
-        return self.timed(lambda: self._device.submit(runs, self.handle))[0]
+        return self.timed(partial(self._device.submit, RunTable.of(runs), self.handle))
 
-    def timed(self, enqueue: Callable[[], T]) -> tuple[CudaCopy, T]:
-        """Enqueue something between two timed events."""
-        start = CudaEvent(self._device, timing=True).record(self.handle)
-        answer = enqueue()
-        end = CudaEvent(self._device, timing=True).record(self.handle)
-        return CudaCopy(start, end, self._device.driver), answer
+    def timed(self, enqueue: Callable[[], None]) -> CudaCopy:
+        """Enqueue something between two timed events. What the host does between them counts as
+        the device's time: it should be little."""
+        start = CudaEvent(self._device, timing=True)
+        end = CudaEvent(self._device, timing=True)
+        start.record(self.handle)
+        enqueue()
+        end.record(self.handle)
+        return CudaCopy(start, end, self._device.driver)
 
     def close(self) -> None:
         self._device.driver.destroy_stream(self.handle)
@@ -126,7 +143,8 @@ class CudaDevice:
     ) -> None:
         """`batch=False` submits every run by itself. `page_copies`: who copies pages, a kernel of
         `page_copy_ctas` thread blocks or the driver; "auto": the driver where runs are long, or
-        without Triton. Raises TransportError without that GPU."""
+        without Triton, and more thread blocks where nothing else runs (`_by_kernel`, `_ctas`).
+        Raises TransportError without that GPU."""
         self.driver = driver or Driver()
         count = self.driver.num_devices()
         if not 0 <= ordinal < count:
@@ -136,12 +154,14 @@ class CudaDevice:
         self.uuid = self.driver.uuid(ordinal)
         self.compute_stream = 0
         self._context = self.driver.context(ordinal)
+        self._num_multiprocessors = self.driver.num_multiprocessors(ordinal)
         self._side = CudaStream(self)
         self._batch = batch and self.driver.has_batch
         self.page_copies: PageCopies = page_copies
         self.page_copy_ctas = page_copy_ctas
         self._copier: Any = None  # a PageCopier, once prepared and where there is Triton
         self._written: dict[int, CudaEvent] = {}  # in the order of the latest writes
+        self._events: dict[bool, list[int]] = {False: [], True: []}  # by timing; free handles
         self._closed = False
 
     def make_current(self) -> None:
@@ -155,7 +175,7 @@ class CudaDevice:
         self._written[layer] = event.record(self.compute_stream)
 
     def writes_of(self, *layers: int) -> Event:
-        layer = latest(list(self._written), layers)
+        layer = latest(self._written, layers)
         return self.launched() if layer is None else self._written[layer]
 
     def launched(self) -> CudaEvent:
@@ -174,22 +194,33 @@ class CudaDevice:
         moves: Sequence[PageMove],
         after: Event | None,
     ) -> CudaCopy:
-        if not self._by_kernel(source.layout.layer_block_bytes, moves):
+        groups = alike(moves)
+        num_pages = sum(len(pairs) * len(layers) for pairs, layers in groups)
+        num_runs = sum(pairs.num_runs * len(layers) for pairs, layers in groups)
+        num_bytes = num_pages * source.layout.layer_block_bytes
+        if not self._by_kernel(num_bytes, num_runs):
             return self.copy(move_runs(source, target, moves), after)
         self.make_current()
+        launch = self._copier.prepare(source, target, moves, num_ctas=self._ctas(num_bytes))
         if after is not None:
             self._side.wait(after)
-        launch = partial(self._copier.launch, source, target, moves, num_ctas=self.page_copy_ctas)
-        copy, ids = self._side.timed(launch)
-        ids.busy = copy
+        copy = self._side.timed(launch.enqueue)
+        launch.ids.busy = copy
         return copy
 
-    def _by_kernel(self, page_bytes: int, moves: Sequence[PageMove]) -> bool:
+    def _by_kernel(self, num_bytes: int, num_runs: int) -> bool:
         if self._copier is None or self.page_copies != "auto":
             return self._copier is not None and self.page_copies == "kernel"
-        num_pages = sum(len(move.pairs) for move in moves)
-        num_runs = sum(len(move.pairs.runs) for move in moves)
-        return num_pages * page_bytes < num_runs * _ENGINE_RUN_BYTES
+        return num_runs >= _FREE_RUNS + num_bytes // _ENGINE_RUN_BYTES
+
+    def _ctas(self, num_bytes: int) -> int:
+        """Thread blocks of a kernel that copies so much now. Whatever is launched while it runs
+        shares the multiprocessors with it."""
+        if self.page_copies != "auto" or num_bytes < _WHOLE_DEVICE_BYTES:
+            return self.page_copy_ctas
+        if not self.driver.idle(self.compute_stream):
+            return self.page_copy_ctas
+        return max(self.page_copy_ctas, self._num_multiprocessors)
 
     def prepare_page_copies(self, pool: PagePool) -> None:
         if self.page_copies == "driver":
@@ -199,7 +230,8 @@ class CudaDevice:
                 from pdrelay.transport.cuda.page_copy import PageCopier
             except ImportError:  # no Triton: the driver copies
                 return
-            self._copier = PageCopier(self.ordinal, self._side.handle)
+            self.make_current()
+            self._copier = PageCopier(self.ordinal, self._side.handle, self.driver)
         self.make_current()
         ids = self._copier.launch(pool, pool, [PageMove(0, BlockPairs([0], [0]))])
         ids.busy = self._side.record()
@@ -211,6 +243,7 @@ class CudaDevice:
         return self._batch
 
     def submit(self, runs: Sequence[Run], stream: int) -> None:
+        """All runs of one batch, in no order."""
         if len(runs) > 1 and self._batch:
             self._batch = self.driver.copy_batch(runs, stream)
         if len(runs) == 1 or not self._batch:
@@ -242,8 +275,6 @@ class CudaDevice:
 
     def close_peer(self, address: int) -> None:
         self.make_current()
-        if self._copier is not None:
-            self._copier.forget(address)
         self.driver.close_ipc(address)
 
     def pinned(self, num_bytes: int) -> CudaPinned:
@@ -262,9 +293,17 @@ class CudaDevice:
 
         return tensor_at(address, layout.shape, layout.dtype, self.ordinal)
 
-    def drop_event(self, handle: int) -> None:
+    def take_event(self, timing: bool) -> int:
+        """A handle that nobody uses; threads of transports call this, too."""
+        try:
+            return self._events[timing].pop()
+        except IndexError:
+            return self.driver.create_event(timing=timing)
+
+    def drop_event(self, handle: int, timing: bool) -> None:
+        """Wherever the last holder of an event let go of it."""
         if not self._closed:
-            self.driver.destroy_event(handle)
+            self._events[timing].append(handle)
 
     def close(self) -> None:
         """The primary context stays: it is torch's."""
@@ -275,4 +314,7 @@ class CudaDevice:
                 self._copier.close()
             self._copier = None
             self._closed = True
+            for handles in self._events.values():
+                while handles:
+                    self.driver.destroy_event(handles.pop())
             self._side.close()

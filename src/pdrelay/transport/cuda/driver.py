@@ -8,7 +8,7 @@ from ctypes import byref, c_char_p, c_float, c_int, c_size_t, c_uint, c_uint64, 
 from typing import Any
 
 from pdrelay.errors import TransportError
-from pdrelay.transport.device import Run
+from pdrelay.transport.device import Run, RunTable
 
 IPC_HANDLE_BYTES = 64
 _NOT_READY = 600
@@ -19,6 +19,7 @@ _EVENT_BLOCKING_SYNC, _EVENT_NO_TIMING = 1, 2
 _PORTABLE = 1
 _SRC_STREAM_ORDER = 1
 _PREFER_OVERLAP = 1
+_MULTIPROCESSOR_COUNT = 16  # CUdevice_attribute
 _NATIVE_ATOMICS = 3  # CUdevice_P2PAttribute
 
 
@@ -53,12 +54,28 @@ class Driver:
             raise TransportError(f"no CUDA driver here ({error}): use --device cpu") from error
         self._call("cuInit", c_uint(0))
         self.version = self._driver_version()
-        # CUDA 13 dropped a parameter; both forms are exported by drivers that know them.
-        self._batch_13 = self._find("cuMemcpyBatchAsync_v2")
-        self._batch_12 = self._find("cuMemcpyBatchAsync")
+        # What every hand-over calls: typed once, so that a call takes plain integers.
+        self._set_current = self._typed("cuCtxSetCurrent", c_void_p)
+        self._record = self._typed("cuEventRecord", c_void_p, c_void_p)
+        self._query = self._typed("cuEventQuery", c_void_p)
+        self._wait_event = self._typed("cuStreamWaitEvent", c_void_p, c_void_p, c_uint)
+        self._stream_query = self._typed("cuStreamQuery", c_void_p)
+        self._copy = self._typed("cuMemcpyAsync", c_uint64, c_uint64, c_size_t, c_void_p)
+        # CUDA 13 dropped a parameter; both forms are exported by drivers that know them. Here:
+        # addresses of destinations, sources and sizes, how many; attributes, what they begin at,
+        # how many.
+        common = (c_void_p, c_void_p, c_void_p, c_size_t, c_void_p, c_void_p, c_size_t)
+        self._batch_13 = self._typed("cuMemcpyBatchAsync_v2", *common, c_void_p)
+        self._batch_12 = self._typed("cuMemcpyBatchAsync", *common, c_void_p, c_void_p)
+        self._batch_attributes = _CopyAttributes(_SRC_STREAM_ORDER, flags=_PREFER_OVERLAP)
+        self._batch_first = c_size_t(0)
 
-    def _find(self, name: str) -> Any | None:
-        return getattr(self._lib, name, None)
+    def _typed(self, name: str, *arguments: Any) -> Any:
+        """The function of that name; None where this driver has none."""
+        function = getattr(self._lib, name, None)
+        if function is not None:
+            function.argtypes = arguments
+        return function
 
     def _driver_version(self) -> int:
         version = c_int()
@@ -95,12 +112,18 @@ class Driver:
         return context.value
 
     def make_current(self, context: int) -> None:
-        self._call("cuCtxSetCurrent", c_void_p(context))
+        self._check("cuCtxSetCurrent", self._set_current(context))
 
     def uuid(self, ordinal: int) -> str:
         uuid = _Uuid()
         self._call("cuDeviceGetUuid_v2", byref(uuid), c_int(ordinal))
         return bytes(uuid.bytes).hex()
+
+    def num_multiprocessors(self, ordinal: int) -> int:
+        count = c_int()
+        attribute, device = c_int(_MULTIPROCESSOR_COUNT), c_int(ordinal)
+        self._call("cuDeviceGetAttribute", byref(count), attribute, device)
+        return count.value
 
     def can_access_peer(self, ordinal: int, peer: int) -> bool:
         able = c_int()
@@ -196,20 +219,28 @@ class Driver:
         self._call("cuEventDestroy_v2", c_void_p(event))
 
     def record(self, event: int, stream: int) -> None:
-        self._call("cuEventRecord", c_void_p(event), c_void_p(stream))
+        self._check("cuEventRecord", self._record(event, stream))
 
     def query(self, event: int) -> bool:
-        result = self._lib.cuEventQuery(c_void_p(event))
+        result = self._query(event)
         if result == _NOT_READY:
             return False
         self._check("cuEventQuery", result)
+        return True
+
+    def idle(self, stream: int) -> bool:
+        """Whether everything that was put on the stream is complete."""
+        result = self._stream_query(stream)
+        if result == _NOT_READY:
+            return False
+        self._check("cuStreamQuery", result)
         return True
 
     def synchronize(self, event: int) -> None:
         self._call("cuEventSynchronize", c_void_p(event))
 
     def wait_event(self, stream: int, event: int) -> None:
-        self._call("cuStreamWaitEvent", c_void_p(stream), c_void_p(event), c_uint(0))
+        self._check("cuStreamWaitEvent", self._wait_event(stream, event, 0))
 
     def elapsed_ns(self, start: int, end: int) -> int:
         milliseconds = c_float()
@@ -223,28 +254,24 @@ class Driver:
         return self._batch_13 is not None or self._batch_12 is not None
 
     def copy(self, run: Run, stream: int) -> None:
-        self._call(
-            "cuMemcpyAsync",
-            c_uint64(run.dst),
-            c_uint64(run.src),
-            c_size_t(run.num_bytes),
-            c_void_p(stream),
-        )
+        self.copy_bytes(run.dst, run.src, run.num_bytes, stream)
+
+    def copy_bytes(self, dst: int, src: int, num_bytes: int, stream: int) -> None:
+        self._check("cuMemcpyAsync", self._copy(dst, src, num_bytes, stream))
 
     def copy_batch(self, runs: Sequence[Run], stream: int) -> bool:
         """One submission for all runs. False: this driver cannot, nothing was copied."""
         count = len(runs)
-        dsts = (c_uint64 * count)(*[run.dst for run in runs])
-        srcs = (c_uint64 * count)(*[run.src for run in runs])
-        sizes = (c_size_t * count)(*[run.num_bytes for run in runs])
-        attributes = _CopyAttributes(_SRC_STREAM_ORDER, flags=_PREFER_OVERLAP)
-        first = c_size_t(0)
-        common = (dsts, srcs, sizes, c_size_t(count), byref(attributes), byref(first), c_size_t(1))
+        numbers = RunTable.of(runs).table  # 8-byte integers all: CUdeviceptr twice, size_t
+        dsts = numbers.ctypes.data
+        srcs, sizes = dsts + 8 * count, dsts + 16 * count
+        attributes, first = byref(self._batch_attributes), byref(self._batch_first)
+        common = (dsts, srcs, sizes, count, attributes, first, 1)
         if self._batch_13 is not None:
-            result = self._batch_13(*common, c_void_p(stream))
+            result = self._batch_13(*common, stream)
         elif self._batch_12 is not None:
             failed = c_size_t()
-            result = self._batch_12(*common, byref(failed), c_void_p(stream))
+            result = self._batch_12(*common, byref(failed), stream)
         else:
             return False
         if result in _NOT_SUPPORTED:
