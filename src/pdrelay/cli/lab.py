@@ -89,7 +89,8 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option(
             "cases",
             text,
-            "only cases of these names, as --dry-run lists them: fixed, poisson-*, streams-64",
+            "only cases of these names, as --dry-run lists them: fixed, poisson-*, streams-64; of "
+            "some topologies: *pd-1-1/fixed",
             "LIST",
         ),
         Option(

@@ -27,6 +27,8 @@ from pdrelay.lab.topology import LabTopology
 from pdrelay.telemetry.source import OpenGpus, open_source
 
 WARMUP_OUTPUT_LEN = 16
+WARMUP_S = 180.0  # a server that takes longer to answer its first prompts answers none
+_STEP_FACTOR, _STEP_MIN_S = 4.0, 45.0  # times its estimate, and at least, until a step is given up
 SYNTHETIC_TRACE_FILE = "synthetic_trace.csv"
 
 
@@ -100,7 +102,7 @@ class _Lab:
             self._budget.begin_server(planned.total_s / sum(server.total_s for server in left))
             try:
                 await self._one_start(planned, left[1:])
-            except PdrelayError as error:
+            except (PdrelayError, OSError, TimeoutError) as error:
                 failures.append(str(error))
                 self._note(f"{where}: {error}")
         self._info.ended = _now()
@@ -118,6 +120,8 @@ class _Lab:
         async with AsyncExitStack() as stack:
             server = await self._start(topology, rep)
             stack.push_async_callback(server.stop)
+            # What its start took longer than planned is everybody's.
+            self._budget.begin_server(planned.steps_s / max(planned.steps_s + later_s, 1e-9))
             gpus = GpuWatch(self._open_gpus(), self._gpu_file(topology, rep), server.workers())
             stack.callback(gpus.stop)
             self._save_launch(topology, server)
@@ -186,7 +190,15 @@ class _Lab:
             if context.fits(length, WARMUP_OUTPUT_LEN)
         ]
         requests = context.prompts(lengths or [(4, 4)], "warm-up", tag="warm-up")
-        result = await context.load("warm-up", requests, ClosedLoop(2 * context.topology.num_gpus))
+        mode = ClosedLoop(2 * context.topology.num_gpus)
+        try:
+            async with asyncio.timeout(WARMUP_S):
+                result = await context.load("warm-up", requests, mode)
+        except TimeoutError:
+            raise LaunchError(
+                f"{context.topology.label} did not answer its warm-up within {WARMUP_S:g} s; see "
+                "its server.log"
+            ) from None
         if not any(record.ok for record in result.records):
             raise LaunchError(
                 f"{context.topology.label} answers no request: {result.records[0].error}; see its "
@@ -218,8 +230,13 @@ class _Lab:
                 self._note(f"{label}, {step.name}: left out, the time limit would be passed")
                 continue
             began = time.monotonic()
+            limit_s = max(_STEP_MIN_S, _STEP_FACTOR * step.estimate_s * self._budget.factor)
             try:
-                await step.run()
+                async with asyncio.timeout(limit_s):
+                    await step.run()
+            except TimeoutError:
+                self._note(f"{label}, {step.name}: given up after {limit_s:.0f} s, and the server")
+                return
             except PdrelayError as error:
                 self._note(f"{label}, {step.name}: {error}")
             self._budget.over(step.estimate_s, time.monotonic() - began)
