@@ -39,7 +39,7 @@ FULL_REPEATS = 5
 
 _DESCRIPTION = """\
 Start each topology in turn, run the experiments on it, and write the run directory and its report
-(report.html, summary.json, trace.json).
+(report.html, summary.json, summary.txt, trace.json).
 
 experiments: 1 TTFT against input length, 2 traffic up to saturation and a trace,
              3 long prompts over running streams, 4 three shapes side by side, and

@@ -89,9 +89,10 @@ def plan(config: LabConfig) -> list[PlannedServer]:
 
 def _graphs(topology: LabTopology) -> tuple[str, ...]:
     """The same for topologies whose instances an engine finds in its compile cache when one of them
-    has been compiled. NIXL's port is one of the values by which vLLM names its cache."""
-    shards = topology.name if topology.kind == "tp" else ""
-    return (topology.engine, shards, topology.connector)
+    has been compiled. vLLM names its cache after the shards, whether there is a connector at all,
+    and the port of NIXL's."""
+    shape = "replicas" if topology.kind == "replicas" else topology.name
+    return (topology.engine, shape, topology.connector)
 
 
 def _server(config: LabConfig, topology: LabTopology, rep: int, *, compiled: bool) -> PlannedServer:

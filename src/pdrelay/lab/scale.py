@@ -109,8 +109,8 @@ GPU_PACE = Pace(
     square_s=4e-10,
     step_s=0.005,
     start_s=18.0,
-    external_start_s=110.0,
-    external_again_s=60.0,
+    external_start_s=95.0,
+    external_again_s=50.0,
 )
 
 QUICK = Scale(
@@ -180,10 +180,10 @@ GPU_QUICK = Scale(
     synthetic_trace_s=0.0,
     chat_output_mean=180.0,
     chat_max_output_len=512,
-    fixed=FixedLoad(4096, 128, 7.0, 100),
+    fixed=FixedLoad(4096, 128, 7.0, 80),
     quiet_s=2.0,
     long_input_len=8192,
-    num_long=24,
+    num_long=16,
     long_gap_s=0.5,
     long_group=8,
     long_pause_s=1.0,
