@@ -120,12 +120,12 @@ class _Lab:
         async with AsyncExitStack() as stack:
             server = await self._start(topology, rep)
             stack.push_async_callback(server.stop)
-            # What its start took longer than planned is everybody's.
-            self._budget.begin_server(planned.steps_s / max(planned.steps_s + later_s, 1e-9))
             gpus = GpuWatch(self._open_gpus(), self._gpu_file(topology, rep), server.workers())
             stack.callback(gpus.stop)
             self._save_launch(topology, server)
             context = await self._prepare(topology, rep, server)
+            # What its start took longer than planned is everybody's.
+            self._budget.begin_server(planned.steps_s / max(planned.steps_s + later_s, 1e-9))
             await self._run_steps(context, later_s)
             write_json(self._directory(topology) / "workers.json", server.workers())
 
