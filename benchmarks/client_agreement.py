@@ -121,7 +121,7 @@ def pieces_of(model: str) -> tuple[str, ...]:
     shape = BUILT_IN.get(model)
     if shape is None or shape.vocab_size == BYTE_LEVEL_VOCAB_SIZE:
         return tuple(string.ascii_letters)
-    return tuple(f"<|{i}|>" for i in range(1, min(shape.vocab_size, 20_000)))
+    return tuple(f"<|{i}|>" for i in range(256, min(shape.vocab_size, 20_000)))  # lower are bytes
 
 
 @contextlib.contextmanager
