@@ -211,6 +211,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="list the cases with their estimated seconds, and start nothing",
     )
     parser.add_argument(
+        "--add",
+        action="store_true",
+        help="go on in the run directory --out, made with the same settings on the same machine: "
+        "topologies that it has whole are left out",
+    )
+    parser.add_argument(
         "--goodput",
         nargs="+",
         metavar="NAME:MS",
@@ -266,6 +272,7 @@ def lab_config(args: argparse.Namespace) -> LabConfig:
         out=_out(values),
         scale=scale,
         quick=args.quick,
+        add=args.add,
         slo=_slo(args.goodput, model, scale.name),
         experiments=_experiments(values.get("experiments", "1,2,3,4")),
         cases=tuple(part.strip() for part in values.get("cases", "").split(",") if part.strip()),

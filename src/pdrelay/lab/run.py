@@ -12,7 +12,8 @@ from pathlib import Path
 from pdrelay import __version__
 from pdrelay.bench.client import ClosedLoop
 from pdrelay.bench.server_info import fetch_server_info
-from pdrelay.errors import LaunchError, PdrelayError
+from pdrelay.errors import ConfigError, LaunchError, PdrelayError
+from pdrelay.lab.added import add_to, is_complete, remove_partial
 from pdrelay.lab.budget import Budget
 from pdrelay.lab.config import LabConfig
 from pdrelay.lab.environment import environment, git_commit
@@ -89,9 +90,8 @@ class _Lab:
     async def run(self) -> RunInfo:
         if self._config.trace is not None:
             traffic.check_trace(self._config.trace)
-        claim_directory(self._config.out)
+        self._claim()
         self._save_info()
-        write_json(self._config.out / "environment.json", environment())
         failures: list[str] = []
         for index, planned in enumerate(self._plan):
             left = [server for server in self._plan[index:] if self._budget.has(server.start_s)]
@@ -110,6 +110,20 @@ class _Lab:
         if len(failures) == len(self._plan):
             raise LaunchError(f"no server started; the first failure: {failures[0]}")
         return self._info
+
+    def _claim(self) -> None:
+        """The run directory is ours, with what it held where we add to it. Raises ConfigError."""
+        out, here = self._config.out, environment()
+        if not self._config.add:
+            claim_directory(out)
+            write_json(out / "environment.json", here)
+            return
+        self._info = add_to(out, self._info, here)
+        self._plan = [each for each in self._plan if not is_complete(out, each.topology.name)]
+        if not self._plan:
+            raise ConfigError(f"{out} has every one of these topologies: nothing is left to do")
+        for planned in self._plan:
+            remove_partial(out, planned.topology.name)
 
     # ---- one server
 
