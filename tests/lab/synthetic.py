@@ -262,7 +262,7 @@ class World:
     def interference(self, rep: int) -> Case:
         t0 = self.t_ns
         longs = [
-            self.request("long", 4096, 4, at_ns=t0 + 3_000 * MS + 2_000 * MS * i) for i in range(3)
+            self.request("long", 4096, 4, at_ns=t0 + 3_000 * MS + 2_000 * MS * i) for i in range(6)
         ]
         stalls = [(long.intended_ns + MS, long.first_token_ns or 0) for long in longs]
         streams = []
@@ -270,7 +270,7 @@ class World:
             mine = stalls if self.topology.num_gpus == 1 or index % 2 == 0 else []
             if self.topology.kind == "tp":
                 mine = stalls
-            streams.append(self.request(STREAM_TAG, 32, 4500, at_ns=t0, stalls=mine))
+            streams.append(self.request(STREAM_TAG, 32, 13_000, at_ns=t0, stalls=mine))
         parameters = {"num_streams": 4, "long_input_len": 4096}
         return self.case(
             "interference", "interference", rep, streams + longs, parameters=parameters

@@ -139,8 +139,11 @@ def test_report_rebuilds_and_prints(run_dir, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "1 TTFT p50" in printed
     assert printed.endswith(f"report: {copy / 'report.html'}\n")
-    for name in ("report.html", "summary.json", "trace.json"):
+    for name in ("report.html", "summary.json", "summary.txt", "trace.json"):
         assert (copy / name).stat().st_size > 1000
+    text = (copy / "summary.txt").read_text()
+    assert "1 TTFT p50" in text and "\x1b" not in text and "…" not in text
+    assert max(map(len, text.splitlines())) > 160  # the verdict's sentences are not folded
     (copy / "report.html").unlink()
     assert main(["report", "--quiet", str(copy)]) == 0
     assert "1 TTFT p50" not in capsys.readouterr().out

@@ -66,7 +66,7 @@ def test_quiet_and_busy_are_told_apart(run_dir):
             (start, end)
             for stream in case.streams
             for start, end in zip(stream.chunk_ns, stream.chunk_ns[1:], strict=False)
-            if any(start < r.first_token_ns and end > r.intended_ns for r in longs)
+            if any(start < r.chunk_ns[-1] and end > r.intended_ns for r in longs)
         ]
         assert sorted(busy) == sorted(slow)
         assert set(busy) <= set(period)
@@ -92,3 +92,16 @@ def test_few_busy_gaps_give_a_lower_percentile_as_a_bound(rows):
     assert row.busy.n < 662
     assert row.busy.p99.value is None
     assert row.factor_percentile in (50.0, 90.0)
+
+
+def test_steps_in_which_a_long_prompt_decodes_are_busy(run_dir):
+    (case,) = read_run(run_dir).select("interference", "pd-1-1")
+    long = next(record for record in case.records if record.tag == "long")
+    assert long.first_token_ns < long.chunk_ns[-1]
+    quiet, busy, _ = split_gaps(case)
+
+    def inside(gaps):
+        return [g for g in gaps if long.first_token_ns < g[0] and g[1] < long.chunk_ns[-1]]
+
+    assert inside(busy)
+    assert not inside(quiet)

@@ -28,7 +28,36 @@ def test_a_quick_plan_fits_its_budget(tmp_path, scale):
 def test_a_production_engine_on_two_topologies_fits_too(tmp_path):
     planned = plan(config(tmp_path, "vllm/replicas:2,vllm/pd:1:1", scale=GPU_QUICK))
     assert sum(server.total_s for server in planned) < GPU_QUICK.budget_s
-    assert {server.start_s for server in planned} == {GPU_QUICK.pace.external_start_s}
+    pace = GPU_QUICK.pace
+    assert [server.start_s for server in planned] == [pace.external_start_s] * 2
+
+
+def test_what_vllm_compiles_anew_takes_longer_to_start(tmp_path):
+    names = "pd:1:1,vllm/pd:1:1,vllm/replicas:1,vllm+nixl/pd:1:1,tp:2,vllm/tp:2,vllm/replicas:2"
+    planned = plan(config(tmp_path, names, scale=GPU_QUICK))
+    assert [server.topology.name for server in planned] == [
+        "pd-1-1", "vllm.pd-1-1", "vllm.replicas-1", "vllm.nixl.pd-1-1", "tp-2", "vllm.tp-2",
+        "vllm.replicas-2",
+    ]  # fmt: skip
+    pace = GPU_QUICK.pace
+    anew, again = pace.external_start_s, pace.external_again_s
+    expected = [pace.start_s, anew, anew, anew, pace.start_s, anew, again]
+    assert [server.start_s for server in planned] == expected
+
+
+def test_the_baseline_comes_first_only_where_its_capacity_sets_the_rates(tmp_path):
+    for scale, first in ((QUICK, "replicas-1"), (GPU_QUICK, "pd-1-1")):
+        planned = plan(config(tmp_path, "pd:1:1,replicas:1", scale=scale))
+        assert planned[0].topology.name == first
+
+
+def test_cases_can_be_asked_of_some_topologies(tmp_path):
+    chosen = config(
+        tmp_path, "pd:1:1,vllm/pd:1:1,replicas:1", scale=GPU_QUICK, cases=("idle", "*pd-1-1/fixed")
+    )
+    found = {server.topology.name: [s.case for s in server.steps] for server in plan(chosen)}
+    both = ["idle", "fixed"]
+    assert found == {"pd-1-1": both, "vllm.pd-1-1": both, "replicas-1": ["idle"]}
 
 
 @pytest.mark.parametrize("scale", [QUICK, FULL, GPU_QUICK, GPU_FULL])
@@ -64,7 +93,7 @@ def test_long_prompts_come_in_groups_with_pauses():
     gaps = [round(b - a, 6) for a, b in pairwise(times)]
     group, gap, pause = GPU_QUICK.long_group, GPU_QUICK.long_gap_s, GPU_QUICK.long_pause_s
     longer = [index for index, each in enumerate(gaps, 1) if each == gap + pause]
-    assert longer == [group, 2 * group]
+    assert longer == [group]
     assert gaps.count(gap) == len(gaps) - len(longer)
 
 

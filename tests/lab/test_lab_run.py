@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 
 import pytest
@@ -10,8 +11,10 @@ from pdrelay.bench.record import ClientRecord
 from pdrelay.bench.slo import Slo
 from pdrelay.core.clock import FakeClock
 from pdrelay.errors import ConfigError, LaunchError
+from pdrelay.lab import run as run_module
 from pdrelay.lab.budget import Budget
 from pdrelay.lab.config import LabConfig, TraceConfig
+from pdrelay.lab.experiments.base import Step
 from pdrelay.lab.experiments.traffic import steady_rate
 from pdrelay.lab.plan import schedule
 from pdrelay.lab.progress import SilentReporter
@@ -24,7 +27,7 @@ from pdrelay.lab.verdict import best_goodput
 
 TINY = dataclasses.replace(
     QUICK,
-    pace=Pace(0.0, 2e-6, 0.0, 0.0005, 0.1, 0.1),  # of the fake servers
+    pace=Pace(0.0, 2e-6, 0.0, 0.0005, 0.1, 0.1, 0.1),  # of the fake servers
     warmup_lengths=(64, 512),
     probes=((64, 3), (128, 2)),
     busy_probes=((64, 2),),
@@ -173,6 +176,24 @@ async def test_a_server_that_refuses_everything_is_noted_and_stopped(tmp_path):
     assert len(info.notes) == 1
     assert "answers no request" in info.notes[0]
     assert [server.stopped for server in launcher.servers] == [1, 1]
+
+
+async def test_a_server_that_hangs_is_given_up_and_the_rest_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "_STEP_MIN_S", 2.0)
+    all_steps = run_module.steps_of
+
+    def steps(context):
+        if context.topology.kind != "pd":
+            return all_steps(context)
+        return [Step("1 stuck", "stuck", 0.01, asyncio.Event().wait), *all_steps(context)]
+
+    monkeypatch.setattr(run_module, "steps_of", steps)
+    launcher = FakeLauncher()
+    chosen = config(tmp_path, "pd:1:1,replicas:2", experiments=("shapes",), cases=("streams-1",))
+    info = await run_lab(chosen, launcher, SilentReporter())
+    assert info.notes == ["P/D 1:1, 1 stuck: given up after 2 s, and the server"]
+    assert [server.stopped for server in launcher.servers] == [1, 1]
+    assert {case.info.topology for case in read_run(tmp_path / "run").cases} == {"replicas-2"}
 
 
 async def test_no_server_at_all_is_an_error(tmp_path):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import os
 import select
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 
 from pdrelay.errors import LaunchError
 from pdrelay.lab import server as server_module
-from pdrelay.lab.server import ChildLauncher, last_words, peak_rss_bytes
+from pdrelay.lab.server import ChildLauncher, last_words, peak_rss_bytes, wait_gone
 from pdrelay.lab.topology import parse_topology
 
 STUB = str(Path(__file__).with_name("stub_serve.py"))
@@ -112,3 +113,11 @@ def test_no_log_and_no_process_are_no_errors(tmp_path):
     (tmp_path / "empty").write_text("\n \n")
     assert last_words(tmp_path / "empty") == "its log is empty"
     assert peak_rss_bytes(2**22 + 1) == 0
+
+
+async def test_the_end_of_processes_of_others_is_waited_for():
+    process = await asyncio.create_subprocess_exec("sleep", "60")
+    assert not await wait_gone([process.pid], 0.05)
+    process.kill()
+    assert await wait_gone([process.pid, 2**22 + 1], 20.0)
+    await process.wait()

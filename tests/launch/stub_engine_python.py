@@ -39,7 +39,7 @@ def main() -> int:
         return 0
     notes = os.environ.get("STUB_NOTES")
     if notes:
-        keep = ("CUDA_", "VLLM_", "UCX_", "PYTHONPATH", "HF_", "OMP_")
+        keep = ("CUDA_", "PDRELAY_", "VLLM_", "UCX_", "PYTHONPATH", "HF_", "OMP_")
         env = {key: value for key, value in os.environ.items() if key.startswith(keep)}
         # As real engines do, it starts a process that ends with nobody.
         core = subprocess.Popen(["sleep", "600"], stdout=subprocess.DEVNULL)
@@ -58,7 +58,7 @@ def main() -> int:
     from pdrelay.router.fake_vllm import FakeVllm
 
     kind = FakeSglang if sys.argv[2].startswith("sglang") else FakeVllm
-    return run_fake(kind, sys.argv[3:], os.environ.get("VLLM_API_KEY", ""))
+    return run_fake(kind, sys.argv[3:], os.environ.get("PDRELAY_ENGINE_KEY", ""))
 
 
 if __name__ == "__main__":

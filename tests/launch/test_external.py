@@ -130,16 +130,24 @@ def plan_on_two_gpus():
             python="/v/python",
             version="0.26.0",
             model_dir="/m",
+            api_key="k3y",
             gpus=with_peers(assign_gpus(instances(config.topology), ["0", "1"]), ["0", "1"]),
         )
 
 
-def test_a_vllm_command_on_gpus():
+def test_a_vllm_command_on_gpus(monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "the user's")
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", "2")
     specs = instances(PrefillDecode(1, 1))
     with plan_on_two_gpus() as plan:
         launch = VllmDriver(plan).launch(specs[1], 0)
         (process,) = launch.processes
         assert process.env["CUDA_VISIBLE_DEVICES"] == "1,0"
+        assert process.env["NCCL_NVLS_ENABLE"] == "2"
+        assert process.env["TORCH_SYMM_MEM_DISABLE_MULTICAST"] == "1"
+        assert process.env["VLLM_ALLREDUCE_USE_SYMM_MEM"] == "0"
+        assert process.env["PDRELAY_ENGINE_KEY"] == "k3y"
+        assert process.env["VLLM_API_KEY"] == ""
         command = list(process.command)
         assert command[0] == "/v/python"
         assert command[command.index("--gpu-memory-utilization") + 1] == "0.9"

@@ -62,7 +62,9 @@ def test_two_replicas_serve_and_leave_nothing(tmp_path):
         assert flag(one, "--load-format") == "dummy"
         assert flag(one, "--max-model-len") == "512"
         assert "--kv-transfer-config" not in one["argv"]
-        assert one["env"]["VLLM_API_KEY"] not in " ".join(one["argv"])
+        assert one["env"]["PDRELAY_ENGINE_KEY"] not in " ".join(one["argv"])
+        assert "VLLM_API_KEY" not in one["env"]  # a new one would have vLLM compile anew
+        assert flag(one, "--middleware") == "pdrelay.integrations.bearer.RequireKey"
         assert one["env"]["HF_HUB_OFFLINE"] == "1"
         directory = Path(flag(one, "--model"))
         assert json.loads((directory / "config.json").read_text())["vocab_size"] == 264

@@ -39,7 +39,7 @@ FULL_REPEATS = 5
 
 _DESCRIPTION = """\
 Start each topology in turn, run the experiments on it, and write the run directory and its report
-(report.html, summary.json, trace.json).
+(report.html, summary.json, summary.txt, trace.json).
 
 experiments: 1 TTFT against input length, 2 traffic up to saturation and a trace,
              3 long prompts over running streams, 4 three shapes side by side, and
@@ -89,7 +89,8 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option(
             "cases",
             text,
-            "only cases of these names, as --dry-run lists them: fixed, poisson-*, streams-64",
+            "only cases of these names, as --dry-run lists them: fixed, poisson-*, streams-64; of "
+            "some topologies: *pd-1-1/fixed",
             "LIST",
         ),
         Option(
@@ -210,6 +211,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="list the cases with their estimated seconds, and start nothing",
     )
     parser.add_argument(
+        "--add",
+        action="store_true",
+        help="go on in the run directory --out, made with the same settings on the same machine: "
+        "topologies that it has whole are left out",
+    )
+    parser.add_argument(
         "--goodput",
         nargs="+",
         metavar="NAME:MS",
@@ -265,6 +272,7 @@ def lab_config(args: argparse.Namespace) -> LabConfig:
         out=_out(values),
         scale=scale,
         quick=args.quick,
+        add=args.add,
         slo=_slo(args.goodput, model, scale.name),
         experiments=_experiments(values.get("experiments", "1,2,3,4")),
         cases=tuple(part.strip() for part in values.get("cases", "").split(",") if part.strip()),

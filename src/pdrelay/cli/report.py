@@ -11,8 +11,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "report",
         help="rebuild the report of a run from its raw files",
-        description="Write DIR/report.html, DIR/summary.json and DIR/trace.json (for Perfetto) "
-        "from the raw files that `pdrelay lab` or `pdrelay kv` left in DIR, and print the tables.",
+        description="Write report.html, summary.json, summary.txt and trace.json (for Perfetto) "
+        "into DIR from the raw files that `pdrelay lab` or `pdrelay kv` left there, and print the "
+        "tables.",
     )
     parser.add_argument("directory", metavar="DIR", type=Path, help="a run directory")
     parser.add_argument(

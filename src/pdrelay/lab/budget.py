@@ -34,7 +34,7 @@ class Budget:
         return min(_MAX_FACTOR, max(_MIN_FACTOR, self._real_s / self._estimated_s))
 
     def begin_server(self, share: float) -> None:
-        """A server is about to start. `share`: its planned part of all planned time left."""
+        """A server is about to start, or has. `share`: its planned part of all that is left."""
         if self._limit_s is not None:
             left_s = max(0.0, self._limit_s - self.elapsed_s)
             self._deadline_s = self.elapsed_s + left_s * share

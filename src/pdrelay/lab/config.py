@@ -43,6 +43,7 @@ class LabConfig:
     engine_serve_args: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by engine
     startup_timeout_s: float = 300.0
     request_timeout_s: float = 120.0
+    add: bool = False  # to what `out` holds, instead of a new directory
     argv: tuple[str, ...] = field(default=())
 
     @property

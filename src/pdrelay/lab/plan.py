@@ -35,8 +35,12 @@ class PlannedServer:
     steps: tuple[Step, ...]  # to be read, not run
 
     @property
+    def steps_s(self) -> float:
+        return sum(step.estimate_s for step in self.steps)
+
+    @property
     def total_s(self) -> float:
-        return self.start_s + sum(step.estimate_s for step in self.steps)
+        return self.start_s + self.steps_s
 
 
 def schedule(topologies: Sequence[LabTopology], repeats: int) -> list[tuple[LabTopology, int]]:
@@ -53,15 +57,28 @@ def steps_of(context: Context) -> list[Step]:
     found = [step for name in config.experiments for make in _STEPS[name] for step in make(context)]
     if not config.cases:
         return found
-    return [step for step in found if any(fnmatchcase(step.case, each) for each in config.cases)]
+    return [step for step in found if _asked_for(context.topology, step.case, config.cases)]
+
+
+def _asked_for(topology: LabTopology, case: str, patterns: Sequence[str]) -> bool:
+    """`fixed` on every topology, `*pd-1-1/fixed` on those of such names."""
+    names = (case, f"{topology.name}/{case}")
+    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
 def plan(config: LabConfig) -> list[PlannedServer]:
-    """Every start in order. Raises ConfigError when the cases asked for do not exist, or for a
-    trace that cannot be read."""
-    first = config.baseline  # its capacity sets everybody's rates
-    order = [first, *(topology for topology in config.topologies if topology != first)]
-    planned = [_server(config, *start) for start in schedule(order, config.repeats)]
+    """Every start in order: as the topologies are given, but the baseline first where its capacity
+    sets everybody's rates. Raises ConfigError when the cases asked for do not exist, or for a trace
+    that cannot be read."""
+    order = list(config.topologies)
+    if not config.scale.rates:
+        order.sort(key=lambda topology: topology != config.baseline)
+    planned: list[PlannedServer] = []
+    compiled: list[tuple[str, ...]] = []
+    for topology, rep in schedule(order, config.repeats):
+        graphs = _graphs(topology)
+        planned.append(_server(config, topology, rep, compiled=graphs in compiled))
+        compiled.append(graphs)
     if not any(server.steps for server in planned):
         raise ConfigError(
             f"--cases {','.join(config.cases)} names no case of these experiments: see what "
@@ -70,10 +87,18 @@ def plan(config: LabConfig) -> list[PlannedServer]:
     return planned
 
 
-def _server(config: LabConfig, topology: LabTopology, rep: int) -> PlannedServer:
+def _graphs(topology: LabTopology) -> tuple[str, ...]:
+    """The same for topologies whose instances an engine finds in its compile cache when one of them
+    has been compiled. vLLM names its cache after the shards, whether there is a connector at all,
+    and the port of NIXL's."""
+    shape = "replicas" if topology.kind == "replicas" else topology.name
+    return (topology.engine, shape, topology.connector)
+
+
+def _server(config: LabConfig, topology: LabTopology, rep: int, *, compiled: bool) -> PlannedServer:
     info = ServerInfo(config.model, config.model)
     context = Context(config, topology, rep, "", info, capacity_rps=_SOME_RATE)
     context.trace_path = config.trace.path if config.trace else None
     native = topology.engine in ("", NATIVE)
-    start_s = config.scale.pace.start(native=native)
+    start_s = config.scale.pace.start(native=native, compiled=compiled)
     return PlannedServer(topology, rep, start_s, tuple(steps_of(context)))

@@ -12,7 +12,8 @@ from pathlib import Path
 from pdrelay import __version__
 from pdrelay.bench.client import ClosedLoop
 from pdrelay.bench.server_info import fetch_server_info
-from pdrelay.errors import LaunchError, PdrelayError
+from pdrelay.errors import ConfigError, LaunchError, PdrelayError
+from pdrelay.lab.added import add_to, is_complete, remove_partial
 from pdrelay.lab.budget import Budget
 from pdrelay.lab.config import LabConfig
 from pdrelay.lab.environment import environment, git_commit
@@ -27,6 +28,8 @@ from pdrelay.lab.topology import LabTopology
 from pdrelay.telemetry.source import OpenGpus, open_source
 
 WARMUP_OUTPUT_LEN = 16
+WARMUP_S = 180.0  # a server that takes longer to answer its first prompts answers none
+_STEP_FACTOR, _STEP_MIN_S = 4.0, 45.0  # times its estimate, and at least, until a step is given up
 SYNTHETIC_TRACE_FILE = "synthetic_trace.csv"
 
 
@@ -87,9 +90,8 @@ class _Lab:
     async def run(self) -> RunInfo:
         if self._config.trace is not None:
             traffic.check_trace(self._config.trace)
-        claim_directory(self._config.out)
+        self._claim()
         self._save_info()
-        write_json(self._config.out / "environment.json", environment())
         failures: list[str] = []
         for index, planned in enumerate(self._plan):
             left = [server for server in self._plan[index:] if self._budget.has(server.start_s)]
@@ -100,7 +102,7 @@ class _Lab:
             self._budget.begin_server(planned.total_s / sum(server.total_s for server in left))
             try:
                 await self._one_start(planned, left[1:])
-            except PdrelayError as error:
+            except (PdrelayError, OSError, TimeoutError) as error:
                 failures.append(str(error))
                 self._note(f"{where}: {error}")
         self._info.ended = _now()
@@ -108,6 +110,20 @@ class _Lab:
         if len(failures) == len(self._plan):
             raise LaunchError(f"no server started; the first failure: {failures[0]}")
         return self._info
+
+    def _claim(self) -> None:
+        """The run directory is ours, with what it held where we add to it. Raises ConfigError."""
+        out, here = self._config.out, environment()
+        if not self._config.add:
+            claim_directory(out)
+            write_json(out / "environment.json", here)
+            return
+        self._info = add_to(out, self._info, here)
+        self._plan = [each for each in self._plan if not is_complete(out, each.topology.name)]
+        if not self._plan:
+            raise ConfigError(f"{out} has every one of these topologies: nothing is left to do")
+        for planned in self._plan:
+            remove_partial(out, planned.topology.name)
 
     # ---- one server
 
@@ -122,6 +138,8 @@ class _Lab:
             stack.callback(gpus.stop)
             self._save_launch(topology, server)
             context = await self._prepare(topology, rep, server)
+            # What its start took longer than planned is everybody's.
+            self._budget.begin_server(planned.steps_s / max(planned.steps_s + later_s, 1e-9))
             await self._run_steps(context, later_s)
             write_json(self._directory(topology) / "workers.json", server.workers())
 
@@ -186,7 +204,15 @@ class _Lab:
             if context.fits(length, WARMUP_OUTPUT_LEN)
         ]
         requests = context.prompts(lengths or [(4, 4)], "warm-up", tag="warm-up")
-        result = await context.load("warm-up", requests, ClosedLoop(2 * context.topology.num_gpus))
+        mode = ClosedLoop(2 * context.topology.num_gpus)
+        try:
+            async with asyncio.timeout(WARMUP_S):
+                result = await context.load("warm-up", requests, mode)
+        except TimeoutError:
+            raise LaunchError(
+                f"{context.topology.label} did not answer its warm-up within {WARMUP_S:g} s; see "
+                "its server.log"
+            ) from None
         if not any(record.ok for record in result.records):
             raise LaunchError(
                 f"{context.topology.label} answers no request: {result.records[0].error}; see its "
@@ -218,8 +244,13 @@ class _Lab:
                 self._note(f"{label}, {step.name}: left out, the time limit would be passed")
                 continue
             began = time.monotonic()
+            limit_s = max(_STEP_MIN_S, _STEP_FACTOR * step.estimate_s * self._budget.factor)
             try:
-                await step.run()
+                async with asyncio.timeout(limit_s):
+                    await step.run()
+            except TimeoutError:
+                self._note(f"{label}, {step.name}: given up after {limit_s:.0f} s, and the server")
+                return
             except PdrelayError as error:
                 self._note(f"{label}, {step.name}: {error}")
             self._budget.over(step.estimate_s, time.monotonic() - began)

@@ -9,7 +9,7 @@
     DIR/topologies/<name>/gpu*.jsonl      telemetry.log: GPU samples; one file a server start
     DIR/experiments/<experiment>/<name>/<case>/rep<k>/case.json       CaseInfo
     DIR/experiments/<experiment>/<name>/<case>/rep<k>/requests.jsonl  bench.record.ClientRecord
-    DIR/report.html, DIR/summary.json, DIR/trace.json                 made by `pdrelay report DIR`
+    DIR/report.html, summary.json, summary.txt, trace.json            made by `pdrelay report DIR`
 
 `request_id` of a ClientRecord is `client_request_id` of its RequestRecord. All `*_ns` are
 CLOCK_MONOTONIC of one host. Tags of ClientRecords: `stream` is background load that keeps decoding;

@@ -23,6 +23,7 @@ from pdrelay.lab.topology import LabTopology
 from pdrelay.launch import child
 
 STOP_S = 20.0  # for a drained server to exit before it is killed
+GONE_S = 20.0  # for the processes that an engine started to follow it
 _POLL_S = 0.02
 _TAIL_BYTES = 4000
 
@@ -116,7 +117,9 @@ class ChildServer:
         ]
 
     async def stop(self) -> None:
+        """Returns when its engines' processes are gone too, so that their GPUs' memory is free."""
         await end_process(self.process)
+        await wait_gone(self.pids, GONE_S)
 
 
 @dataclass(frozen=True)
@@ -215,6 +218,28 @@ async def end_process(process: asyncio.subprocess.Process) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         await process.wait()
+
+
+async def wait_gone(pids: Sequence[int], timeout_s: float) -> bool:
+    """Whether all ended in time. They are no children of ours, so nothing tells but a pidfd."""
+    return all(await asyncio.gather(*(_gone(pid, timeout_s) for pid in pids)))
+
+
+async def _gone(pid: int, timeout_s: float) -> bool:
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(pidfd, ended.set)
+    try:
+        await asyncio.wait_for(ended.wait(), timeout_s)
+    except TimeoutError:
+        return False
+    finally:
+        loop.remove_reader(pidfd)
+        os.close(pidfd)
+    return True
 
 
 def last_words(log_path: Path) -> str:

@@ -30,7 +30,7 @@ from pdrelay.launch.vllm_driver import OWNED as VLLM_OWNED
 from pdrelay.launch.vllm_driver import VllmDriver
 from pdrelay.model.config import is_built_in
 from pdrelay.model.foreign import find_model, load_foreign_config
-from pdrelay.model.shape_dir import write_shape_dir
+from pdrelay.model.shape_dir import shape_dir
 
 _OWNED = {"vllm": VLLM_OWNED, "sglang": SGLANG_OWNED}
 
@@ -89,9 +89,7 @@ def make_driver(
     version = facts.version_of(engine) or ""
     model_dir = config.engine.model
     if is_built_in(model_dir):
-        directory = run_dir.path / "model"
-        write_shape_dir(model_dir, directory)
-        model_dir = str(directory)
+        model_dir = str(shape_dir(model_dir, run_dir.path))
     elif os.path.isdir(model_dir):
         model_dir = os.path.abspath(model_dir)
     engine_plan = EnginePlan(

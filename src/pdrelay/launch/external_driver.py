@@ -14,7 +14,7 @@ from pdrelay.core.messages import Ready, Role
 from pdrelay.doctor import diagnose
 from pdrelay.launch.config import ServeConfig
 from pdrelay.launch.driver import Launch, ProcessSpec, last_line
-from pdrelay.launch.gpus import VARIABLE
+from pdrelay.launch.gpus import NO_MULTICAST, VARIABLE
 from pdrelay.launch.ports import Ports
 from pdrelay.launch.resolve import ResolvedConfig
 from pdrelay.launch.run_dir import RunDir
@@ -85,14 +85,15 @@ class ExternalDriver:
                 *self.arguments(spec, incarnation, port),
                 *plan.config.external.engine_args,
             ),
-            env={**self._environment(spec), **self.environment(spec)},
+            env=self._environment(spec) | self.environment(spec),
             guarded=True,
         )
         url = f"http://127.0.0.1:{port}"
         return Launch((process,), self.endpoint(spec, incarnation, self._ready(spec), url))
 
     def _environment(self, spec: InstanceSpec) -> dict[str, str]:
-        env = {**_QUIET, **os.environ}
+        on_gpu = self.plan.resolved.device == "cuda"
+        env = {**_QUIET, **(NO_MULTICAST if on_gpu else {}), **os.environ}
         if spec.instance in self.plan.gpus:
             env[VARIABLE] = self.plan.gpus[spec.instance]
         if Path(self.plan.model_dir).is_dir():

@@ -1,4 +1,4 @@
-"""Which GPUs an instance sees."""
+"""Which GPUs an instance sees, and what it must not do with them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pdrelay.errors import ConfigError
 from pdrelay.launch.topology import InstanceSpec
 
 VARIABLE = "CUDA_VISIBLE_DEVICES"
+# NVLink multicast needs rights over the host's switches that a shared host does not give.
+NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
 
 
 def visible_gpus(outer: str | None, num_gpus: int) -> list[str]:

@@ -13,6 +13,7 @@ from pdrelay.core.messages import Role
 from pdrelay.core.rank_config import RankConfig, encode_rank_config
 from pdrelay.launch.config import ServeConfig
 from pdrelay.launch.driver import Launch, ProcessSpec, last_line
+from pdrelay.launch.gpus import NO_MULTICAST
 from pdrelay.launch.resolve import ResolvedConfig
 from pdrelay.launch.run_dir import RunDir
 from pdrelay.launch.topology import InstanceSpec, gpu_of
@@ -24,8 +25,6 @@ _THREAD_VARIABLES = (
     "OPENBLAS_NUM_THREADS",
     "NUMEXPR_NUM_THREADS",
 )
-# NVLink multicast needs rights over the host's switches that a shared host does not give.
-_NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
 
 
 def rank_environment(
@@ -33,7 +32,7 @@ def rank_environment(
 ) -> dict[str, str]:
     """`base` with every library's thread count set, unbuffered output, and on GPUs no multicast
     unless `base` says otherwise."""
-    env = (_NO_MULTICAST if on_gpu else {}) | dict(base)
+    env = (NO_MULTICAST if on_gpu else {}) | dict(base)
     env.update(dict.fromkeys(_THREAD_VARIABLES, str(num_threads)))
     env["PYTHONUNBUFFERED"] = "1"
     env["TOKENIZERS_PARALLELISM"] = "false"

@@ -8,6 +8,8 @@ from typing import Any
 
 from pdrelay.core.endpoint import HttpEndpoint
 from pdrelay.core.messages import Ready, Role
+from pdrelay.integrations import bearer
+from pdrelay.integrations.bearer import KEY_VARIABLE
 from pdrelay.launch.external_driver import ExternalDriver, import_path
 from pdrelay.launch.topology import InstanceSpec
 
@@ -42,6 +44,8 @@ class VllmDriver(ExternalDriver):
         # The front door sends every sampling parameter: no defaults of the directory's.
         args += ["--generation-config", "vllm", "--enable-prompt-tokens-details"]
         args += ["--disable-uvicorn-access-log", "--dtype", resolved.dtype]
+        if plan.api_key:
+            args += ["--middleware", f"{bearer.__name__}.{bearer.RequireKey.__name__}"]
         if resolved.load_format == "dummy":
             args += ["--load-format", "dummy"]
         if spec.world_size > 1:
@@ -82,16 +86,19 @@ class VllmDriver(ExternalDriver):
             "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": _KEEP_ALIVE_S,
         }
         if plan.api_key:
-            env["VLLM_API_KEY"] = plan.api_key
+            env[KEY_VARIABLE] = plan.api_key
+            if "VLLM_API_KEY" in os.environ:  # the user's, which the front door does not send
+                env["VLLM_API_KEY"] = ""
         if plan.resolved.device == "cpu":
             env |= self._cpu_environment()
+        else:
+            env["VLLM_ALLREDUCE_USE_SYMM_MEM"] = os.environ.get("VLLM_ALLREDUCE_USE_SYMM_MEM", "0")
         if spec.role is not Role.BOTH and plan.resolved.transport == "nixl":
             env["VLLM_NIXL_SIDE_CHANNEL_HOST"] = "127.0.0.1"
             env["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(plan.ports.port(f"{spec.instance}.nixl"))
             env["UCX_TLS"] = os.environ.get("UCX_TLS", "all")
-        if plan.resolved.transport == "pdrelay":
-            inherited = os.environ.get("PYTHONPATH")
-            env["PYTHONPATH"] = ":".join(filter(None, [import_path(plan.run_dir), inherited]))
+        inherited = os.environ.get("PYTHONPATH")
+        env["PYTHONPATH"] = ":".join(filter(None, [import_path(plan.run_dir), inherited]))
         return env
 
     def _cpu_environment(self) -> dict[str, str]:

@@ -19,6 +19,7 @@ from pdrelay.lab.report.phases import phase_rows
 from pdrelay.lab.report.queues import queue_rows
 from pdrelay.lab.report.shapes import shape_rows
 from pdrelay.lab.report.streams import streams_rows
+from pdrelay.lab.report.tables import summary_text
 from pdrelay.lab.report.topologies import topology_figures
 from pdrelay.lab.report.traffic import traffic_rows
 from pdrelay.lab.report.transfers import transfer_rows
@@ -65,7 +66,7 @@ def summarize(run: Run) -> Summary:
 
 
 def build_report(root: Path) -> BuiltReport:
-    """Write report.html, summary.json and trace.json into a run directory.
+    """Write report.html, summary.json, summary.txt and trace.json into a run directory.
 
     Raises ConfigError when the directory is no run, holds a damaged file, or cannot be written.
     """
@@ -75,6 +76,7 @@ def build_report(root: Path) -> BuiltReport:
     with writing():
         built.report.write_text(render(summary), encoding="utf-8")
         write_json(built.summary_file, summary)
+        (root / "summary.txt").write_text(summary_text(summary), encoding="utf-8")
         built.trace.write_bytes(msgspec.json.encode(chrome_trace(run)))
     return built
 

@@ -137,11 +137,12 @@ class Distribution(msgspec.Struct, kw_only=True):
 class InterferenceRow(msgspec.Struct, kw_only=True):
     """Streams decode; long prompts arrive.
 
-    busy: gaps that overlap [a long prompt's sending, its first token]. quiet: the others, before
-    and between the long prompts. period: all gaps between the first long prompt's sending and the
-    last's first token, whether or not one was being prefilled. stalled: the share of the busy gaps'
-    time that lies in gaps longer than STALL times the quiet median; a percentile of gaps misses it
-    where some streams stall and others go on, because a stalled stream has few gaps.
+    busy: gaps that overlap [a long prompt's sending, its last token]: the steps in which it decodes
+    beside the streams, after a hand-over or not, are what they feel of it too. quiet: the others,
+    before and between the long prompts. period: all gaps between the first long prompt's sending
+    and the last's last token, whether or not one was in the system. stalled: the share of the busy
+    gaps' time that lies in gaps longer than STALL times the quiet median; a percentile of gaps
+    misses it where some streams stall and others go on, because a stalled stream has few gaps.
     """
 
     topology: str

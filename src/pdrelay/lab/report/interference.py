@@ -1,4 +1,4 @@
-"""Experiment 3: what running streams feel while long prompts are prefilled."""
+"""Experiment 3: what running streams feel while long prompts come, are prefilled and decoded."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def split_gaps(case: Case) -> tuple[list[Gap], list[Gap], list[Gap]]:
     own prefills are in none of the three. It goes on between the long prompts: quiet and busy
     windows take turns, so that both see the same context lengths (an ITL grows with its context).
     """
-    longs = [r for r in case.records if r.tag == LONG_TAG and r.first_token_ns is not None]
+    longs = [r for r in case.records if r.tag == LONG_TAG and r.chunk_ns]
     if not longs:
         return [], [], []
-    spans = merge([(r.intended_ns, r.first_token_ns or 0) for r in longs])
+    spans = merge([(r.intended_ns, r.chunk_ns[-1]) for r in longs])
     first, last = spans[0][0], spans[-1][1]
     start = max(case.info.window_start_ns, _settled_ns(case, first))
     gaps = [gap for stream in case.streams for gap in pairwise(stream.chunk_ns)]

@@ -15,6 +15,9 @@ METHODS = (
     "ratios from paired logarithms. With fewer: distribution-free order statistics of the run's "
     "own samples, which take requests (and gaps of one stream) as independent and are therefore "
     "optimistic for ITL. Requests of one run are never resampled.",
+    "Interference: a gap of a running stream is busy where it overlaps the time from a long "
+    "prompt's sending to its last token, quiet elsewhere: the hand-over and the long prompt's own "
+    "decode steps are in the busy ones.",
     "Streams at once: sent together, as many requests as streams; ITL counts only while at least "
     "nine in ten of them decode, so that neither their prefills nor their ends are in it.",
     "Requests of one size arrive as a Poisson process, beside what a queue for prefill predicts: "

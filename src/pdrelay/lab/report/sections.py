@@ -312,9 +312,9 @@ def interference_section(summary: Summary) -> Markup:
             _note(
                 f"{first.num_streams} streams decode; after a quiet time {first.num_long} prompts "
                 f"of {first.long_input_len:,} tokens arrive at fixed times. Busy gaps overlap the "
-                "time from a long prompt's sending to its first token; quiet ones lie before and "
+                "time from a long prompt's sending to its last token; quiet ones lie before and "
                 "between, so that both meet the same context lengths; the period is everything "
-                "from the first long prompt to the last one's first token."
+                "from the first long prompt to the last one's last token."
             ),
             _plots(
                 plots.cdf_chart("ITL while quiet and busy", curves, x_label="ITL, ms (log)"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 from rich.console import Console
 from rich.table import Table
 
@@ -10,12 +12,21 @@ from pdrelay.lab.report.figures import Summary
 from pdrelay.lab.report.queue_section import HEAD, queue_cells
 
 FILE_WIDTH = 160  # columns, where the output is no terminal
+_WIDEST = 1000  # of a file with the tables: no cell of it is folded
 
 
 def console() -> Console:
     """Standard output; wide where it is no terminal."""
     plain = Console()
     return plain if plain.is_terminal else Console(width=FILE_WIDTH)
+
+
+def summary_text(summary: Summary) -> str:
+    """What `print_summary` prints, in plain text and as wide as it comes."""
+    out = io.StringIO()
+    print_summary(summary, Console(file=out, width=_WIDEST, color_system=None))
+    lines = (line.rstrip() for line in out.getvalue().splitlines())
+    return "\n".join(lines) + "\n"
 
 
 def print_summary(summary: Summary, console: Console) -> None:
