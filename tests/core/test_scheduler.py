@@ -237,6 +237,25 @@ def test_consumer_promises_only_what_it_has():
     assert len(outputs["a"]) == 2
 
 
+def test_a_promise_needs_no_step():
+    """`reserve` may be called while steps are in flight, and again when blocks came back."""
+    scheduler = make_scheduler(num_blocks=6)
+    scheduler.add(make_request("r", [1, 2, 3], max_tokens=4))
+    in_flight = scheduler.schedule()
+    for name in "abc":
+        scheduler.expect(make_request(name, list(range(7)), max_tokens=3))
+    a, b = scheduler.reserve()  # one block is in use, one stays back for it, two for a, two for b
+    assert [a.request.request_id, b.request.request_id] == ["a", "b"]
+    promised = {*a.blocks, *b.blocks}
+    assert len(promised) == 4 and not promised & set(in_flight.chunks[0].request.block_table)
+    assert scheduler.reserve() == []
+    scheduler.finish(a.request)
+    (c,) = scheduler.reserve()
+    assert c.request.request_id == "c" and c.blocks == a.blocks
+    scheduler.check_integrity()
+    assert scheduler.schedule().reservations == []
+
+
 def drain_consumer(scheduler):
     """Run until nothing is left, committing every reservation at once."""
     outputs: dict[str, list[int]] = {}
@@ -347,6 +366,8 @@ def test_blocks_of_a_step_in_flight_stay_with_their_request(seed, num_blocks, bu
             request = reserved.pop()
             if request.status is Status.RESERVED:
                 scheduler.commit(request, 1)
+        if rng.random() < 0.5:
+            reserved += [r.request for r in scheduler.reserve()]
         if len(in_flight) < 2:
             plan = scheduler.schedule()
             check_plan(scheduler, plan)

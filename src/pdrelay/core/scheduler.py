@@ -5,10 +5,11 @@ every request of its instance, in each role:
 
     both      add -> (steps) -> finished
     prefill   add(samples_only_first) -> (steps) -> handing over -> release
-    decode    expect -> reserved -> commit -> (steps) -> finished
+    decode    expect -> (reserve) -> commit -> (steps) -> finished
 
 `schedule` moves progress forward at once, `update` brings the sampled tokens: a caller may plan
-step N+1 before the tokens of step N are in. Preemption is by recomputation, latest first, as in
+step N+1 before the tokens of step N are in. `reserve` promises blocks between steps, so that a
+producer need not wait for the next one. Preemption is by recomputation, latest first, as in
 vLLM (Kwon et al., 2023, section 4.5).
 
 A block goes back to the pool only when no planned step that touches it is unread: a finished
@@ -188,8 +189,7 @@ class Scheduler:
     # ---- one step
 
     def schedule(self) -> StepPlan:
-        plan = StepPlan()
-        self._reserve_expected(plan)
+        plan = StepPlan(reservations=self.reserve())
         budget = self._schedule_running(plan, self.config.max_num_batched_tokens)
         if not plan.preempted and not plan.blocked:
             self._schedule_waiting(plan, budget)
@@ -232,27 +232,37 @@ class Scheduler:
             self.lingering.remove(request)
             self._free(request)
 
-    def _reserve_expected(self, plan: StepPlan) -> None:
+    def reserve(self) -> list[Reservation]:
+        """Consumer: promise blocks to expected requests, first come first, while there are enough.
+
+        At any time, also while steps are in flight: what is free is touched by none of them.
+        """
+        reservations: list[Reservation] = []
         while self.expected:
-            request = self.expected[0]
-            keys = request.prompt_keys(self.config.block_size)
-            cached = self.blocks.match(keys)
-            # Room for the first decoded token too, so that it is not preempted on arrival.
-            needed = self._blocks_for(request.num_prompt_tokens + 1) - len(cached)
-            self.blocks.acquire(cached)
-            # A block for each running request stays back: promises must not preempt decodes.
-            if needed + len(self.running) > self.blocks.num_available:
-                self.blocks.release(cached)
-                return
-            fresh = self.blocks.allocate(needed)
-            assert fresh is not None
+            reservation = self._reserve(self.expected[0])
+            if reservation is None:
+                break
             self.expected.popleft()
-            request.block_table = cached + fresh
-            request.num_published_blocks = len(cached)
-            request.status = Status.RESERVED
-            self.blocks.begin_transfer(request.block_table)
-            promised = request.block_table[len(cached) : len(keys)]
-            plan.reservations.append(Reservation(request, len(cached), promised))
+            reservations.append(reservation)
+        return reservations
+
+    def _reserve(self, request: Request) -> Reservation | None:
+        keys = request.prompt_keys(self.config.block_size)
+        cached = self.blocks.match(keys)
+        # Room for the first decoded token too, so that it is not preempted on arrival.
+        needed = self._blocks_for(request.num_prompt_tokens + 1) - len(cached)
+        self.blocks.acquire(cached)
+        # A block for each running request stays back: promises must not preempt decodes.
+        if needed + len(self.running) > self.blocks.num_available:
+            self.blocks.release(cached)
+            return None
+        fresh = self.blocks.allocate(needed)
+        assert fresh is not None
+        request.block_table = cached + fresh
+        request.num_published_blocks = len(cached)
+        request.status = Status.RESERVED
+        self.blocks.begin_transfer(request.block_table)
+        return Reservation(request, len(cached), request.block_table[len(cached) : len(keys)])
 
     def _schedule_running(self, plan: StepPlan, budget: int) -> int:
         for request in list(self.running):
