@@ -195,6 +195,28 @@ def test_blocks_are_promised_while_no_step_may_be_planned(tmp_path):
         door.drain()
 
 
+def test_a_producer_may_wait_for_slots_only_on_an_idle_device(tmp_path):
+    with TransportKit("mapped@host", tmp_path) as kit:
+        prefill = Instance("prefill-0", transport_factory=kit.factory, overlap=True)
+        address = socket_path(kit.directory, "d.sock")
+        decode = Instance("decode-0", transport_factory=kit.factory, address=address)
+        door = FrontDoor(prefill, decode)
+        calls = []
+        prefill.producer.await_slots = lambda plan, *, idle: calls.append(("wait", idle))
+        prefill.loop._remote_of = lambda plan: calls.append("remote_of")  # returns None
+        gate = Gate(prefill.runner, 0)
+        door.relay(prefill, decode, address, door.request("a", list(range(20)), 3))
+        assert gate.reached.wait(20)
+        door.pump(lambda: prefill.runner.num_launched == 2)
+        after_a_turn(door, prefill)
+        assert calls == [("wait", True), "remote_of", ("wait", False), "remote_of"]
+        gate.go.set()
+        door.finish()
+        assert door.seen["a"].tokens() == expected_tokens(range(20), 3)
+        door.settle()
+        door.drain()
+
+
 def test_idle_work_waits_until_no_step_is_in_flight(monkeypatch):
     replica = Instance("replica-0", overlap=True)
     door = FrontDoor(replica)

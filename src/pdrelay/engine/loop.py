@@ -232,10 +232,13 @@ class EngineLoop:
 
     def _launch(self, plan: StepPlan) -> None:
         """A producer sends each layer as it is written, or queues it behind the layer."""
+        producer = self._producer
+        remote = None
+        if producer is not None and self._remote_of is not None:
+            producer.await_slots(plan, idle=not self._in_flight)
+            remote = self._remote_of(plan)
         now_ns = self._clock()
         self._note_start(plan, now_ns)
-        producer = self._producer
-        remote = self._remote_of(plan) if self._remote_of is not None else None
         after_layer = None
         if producer is not None:
             producer.begin_step()
