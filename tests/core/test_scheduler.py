@@ -13,6 +13,7 @@ from pdrelay.core.messages import EngineRequest
 from pdrelay.core.request import Request, Status
 from pdrelay.core.sampling_params import SamplingParams
 from pdrelay.core.scheduler import Scheduler, SchedulerConfig
+from pdrelay.core.token_ids import pack_ids
 
 EOS = 999
 
@@ -27,7 +28,9 @@ def make_scheduler(num_blocks=32, *, budget=16, seqs=8, block_size=4, caching=Tr
 def make_request(name, prompt, max_tokens=4, **kwargs):
     role = kwargs.pop("samples_only_first", False)
     params = SamplingParams(max_tokens=max_tokens, seed=0, eos_token_ids=(EOS,), **kwargs)
-    source = EngineRequest(request_id=name, prompt_token_ids=prompt, params=params, arrived_ns=0)
+    source = EngineRequest(
+        request_id=name, prompt_token_ids=pack_ids(prompt), params=params, arrived_ns=0
+    )
     return Request(source, samples_only_first=role)
 
 

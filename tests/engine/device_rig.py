@@ -14,6 +14,7 @@ from pdrelay.core.messages import EngineRequest, Expect, Prefill
 from pdrelay.core.request import Status
 from pdrelay.core.sampling_params import SamplingParams
 from pdrelay.core.scheduler import Scheduler, SchedulerConfig
+from pdrelay.core.token_ids import pack_ids
 from pdrelay.engine.consumer import Consumer
 from pdrelay.engine.fake_runner import fake_layout
 from pdrelay.engine.outbox import Outbox
@@ -144,7 +145,7 @@ class Rig:
         decode = decode or self.decodes[0]
         request = EngineRequest(
             request_id=name,
-            prompt_token_ids=list(prompt),
+            prompt_token_ids=pack_ids(prompt),
             params=SamplingParams(max_tokens=8, seed=0, temperature=0.0),
             arrived_ns=monotonic_ns(),
         )

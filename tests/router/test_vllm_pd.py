@@ -11,6 +11,7 @@ from router_harness import PD, until
 
 from pdrelay.core.messages import Abort, EngineRequest, Role
 from pdrelay.core.sampling_params import SamplingParams
+from pdrelay.core.token_ids import pack_ids
 from pdrelay.errors import WorkerLostError
 from pdrelay.router.fake_server import expected_tokens, token_at
 from pdrelay.router.http_pd import HandOvers
@@ -37,7 +38,9 @@ def way(request):
 
 def engine_request(prompt):
     params = SamplingParams(max_tokens=3, seed=0)
-    return EngineRequest(request_id="a", prompt_token_ids=prompt, params=params, arrived_ns=0)
+    return EngineRequest(
+        request_id="a", prompt_token_ids=pack_ids(prompt), params=params, arrived_ns=0
+    )
 
 
 def kv(sent):

@@ -32,7 +32,7 @@ class Request:
         self.request_id = source.request_id
         self.params = source.params
         self.samples_only_first = samples_only_first  # producer: the rest is the consumer's
-        self.token_ids = list(source.prompt_token_ids)
+        self.token_ids = source.prompt_token_ids[:]
         self.num_prompt_tokens = len(self.token_ids)
         self.num_computed_tokens = 0
         self.num_in_flight = 0
@@ -46,7 +46,7 @@ class Request:
 
     @property
     def output_token_ids(self) -> list[int]:
-        return self.token_ids[self.num_prompt_tokens :]
+        return self.token_ids[self.num_prompt_tokens :].tolist()
 
     @property
     def num_output_tokens(self) -> int:
