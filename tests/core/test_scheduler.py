@@ -405,6 +405,24 @@ def test_a_stop_in_the_step_before_keeps_the_blocks_until_the_next_is_read():
     assert scheduler.idle and scheduler.counts().free == 4
 
 
+def test_hashing_ahead_publishes_the_same():
+    """Whether or not the caller hashes while a step computes: the same hits."""
+    prompt = list(range(30))
+    for ahead in (False, True):
+        scheduler = make_scheduler(budget=7)
+        for name in "ab":
+            scheduler.add(make_request(name, prompt, max_tokens=2))
+            while scheduler.has_work:
+                plan = scheduler.schedule()
+                if ahead:
+                    scheduler.hash_ahead(c.request for c in plan.chunks)
+                    keys = [len(c.request.block_keys) for c in plan.chunks if c.length > 1]
+                    assert keys == [30 // 4] * len(keys)
+                scheduler.update(plan, [token_of(c.request) for c in plan.chunks if c.samples])
+                scheduler.check_integrity()
+        assert scheduler.prefix_hits == 28
+
+
 def test_preemption_waits_for_the_victims_step():
     scheduler = make_scheduler(num_blocks=4, budget=16)
     for name in ("a", "b"):

@@ -18,10 +18,17 @@ def root_key(cache_salt: str = "") -> bytes:
 
 
 def extend_keys(
-    keys: list[bytes], token_ids: TokenIds, block_size: int, cache_salt: str = ""
+    keys: list[bytes],
+    token_ids: TokenIds,
+    block_size: int,
+    cache_salt: str = "",
+    num_blocks: int | None = None,
 ) -> None:
-    """Append to `keys` the keys of all full blocks of `token_ids` it does not hold yet."""
+    """Append to `keys` the keys that it does not hold yet of the full blocks of `token_ids`, of the
+    first `num_blocks` of them, or of all."""
     first, stop = len(keys), len(token_ids) // block_size
+    if num_blocks is not None:
+        stop = min(stop, num_blocks)
     if first >= stop:
         return
     parent = keys[-1] if keys else root_key(cache_salt)

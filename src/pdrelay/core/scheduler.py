@@ -21,7 +21,7 @@ at once; nothing relies on the order of one device's stream.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -196,6 +196,12 @@ class Scheduler:
         plan.chunks.sort(key=lambda chunk: not chunk.is_decode)
         return plan
 
+    def hash_ahead(self, requests: Iterable[Request]) -> None:
+        """Hash the prompts that `update` or `commit` will publish: free while a device computes
+        them, here or at the producer."""
+        for request in requests:
+            request.extend_block_keys(self.config.block_size)
+
     def update(self, plan: StepPlan, sampled: Sequence[int]) -> list[NewToken]:
         """Take the tokens sampled for the plan's sampling chunks, in their order.
 
@@ -364,12 +370,10 @@ class Scheduler:
         if request.params.prompt_logprobs is not None and request.num_output_tokens == 0:
             request.num_cached_tokens = 0
             return
-        request.extend_block_keys(self.config.block_size)
-        limit = (len(request.token_ids) - 1) // self.config.block_size
-        keys = request.block_keys[:limit]
+        keys = request.prefix_keys(self.config.block_size)
         cached = self.blocks.match(keys)
         self.blocks.acquire(cached)
-        request.block_table = cached + self._load_external(keys[len(cached) :])
+        request.block_table = cached + self._load_external(keys, len(cached))
         request.num_published_blocks = len(cached)
         request.num_computed_tokens = len(request.block_table) * self.config.block_size
         if request.num_cached_tokens is None:
@@ -377,9 +381,10 @@ class Scheduler:
             self.prefix_queries += len(request.token_ids)
             self.prefix_hits += request.num_computed_tokens
 
-    def _load_external(self, keys: Sequence[bytes]) -> list[int]:
-        if self._external_prefix is None or not keys:
+    def _load_external(self, all_keys: Sequence[bytes], num_cached: int) -> list[int]:
+        if self._external_prefix is None or num_cached == len(all_keys):
             return []
+        keys = all_keys[num_cached:]
         count = min(self._external_prefix.match(keys), self.blocks.num_available)
         blocks = self.blocks.allocate(count) or []
         loaded = self._external_prefix.load(keys[:count], blocks) if blocks else 0

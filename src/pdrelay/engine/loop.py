@@ -198,6 +198,7 @@ class EngineLoop:
         for reservation in reservations:
             assert self._consumer is not None
             self._consumer.reserved(reservation)
+        self._scheduler.hash_ahead(reservation.request for reservation in reservations)
 
     # ---- steps
 
@@ -245,6 +246,7 @@ class EngineLoop:
             after_layer = partial(producer.after_layer, plan)
         handle = self._runner.launch(plan, after_layer, remote)
         self._in_flight.append(InFlight(plan, handle, now_ns))
+        self._scheduler.hash_ahead(c.request for c in plan.chunks if c.length > 1)
 
     def _read_steps(self) -> bool:
         """Read every step that is done. Returns whether there was one."""

@@ -1,10 +1,11 @@
 """What a prompt costs the host before its KV can move: a consumer's part of `Expect` up to the
 promise of blocks, and the front door's two frames.
 
-    python benchmarks/token_ids_wire.py [--lengths 512 4096 8192] [--samples 15]
+    python benchmarks/expect_cost.py [--lengths 512 4096 8192] [--samples 15]
 
-Best of `--samples`, microseconds. `expect`: decode, `Request`, queue. `reserve`: block keys, prefix
-match, allocation. `encode`: ids to the messages `Expect` and `Prefill`, framed.
+Best of `--samples`, microseconds. `expect`: decode, `Request`, queue. `reserve`: prefix
+match (none is cached), allocation. `hash`: the keys of all blocks, which the engine computes once
+the promise has left. `encode`: ids to the messages `Expect` and `Prefill`, framed.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ def best_us(samples: int, prepare: Callable[[], Callable[[], object]]) -> float:
     return min(times) / 1e3
 
 
-def measure(length: int, samples: int) -> tuple[float, float, float]:
-    """(expect, reserve, encode)"""
+def measure(length: int, samples: int) -> tuple[float, float, float, float]:
+    """(expect, reserve, hash, encode)"""
     ids = [i * 7919 % 128_000 for i in range(length)]
     codec: FrameCodec[ToWorker] = FrameCodec(ToWorker)
     frame = codec.encode(Expect(request_of(ids), "prefill-0"))
@@ -67,6 +68,10 @@ def measure(length: int, samples: int) -> tuple[float, float, float]:
         codec.encode(Expect(request, "prefill-0"))
         codec.encode(Prefill(request, "decode-0", "/run/decode-0.sock"))
 
+    def hashing() -> Callable[[], object]:
+        request = Request(request_of(ids))
+        return lambda: request.extend_block_keys(BLOCK_SIZE)
+
     def expecting() -> Callable[[], object]:
         scheduler = fresh()
         return lambda: expect(scheduler)
@@ -74,6 +79,7 @@ def measure(length: int, samples: int) -> tuple[float, float, float]:
     return (
         best_us(samples, expecting),
         best_us(samples, expected),
+        best_us(samples, hashing),
         best_us(samples, lambda: encode),
     )
 
@@ -83,10 +89,10 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 4096, 8192])
     parser.add_argument("--samples", type=int, default=15)
     args = parser.parse_args()
-    print("tokens  expect  reserve  encode   (us)")
+    print("tokens  expect  reserve    hash  encode   (us)")
     for length in args.lengths:
-        columns = measure(length, args.samples)
-        print(f"{length:6}  {columns[0]:6.1f}  {columns[1]:7.1f}  {columns[2]:6.1f}")
+        expect, reserve, hashed, encode = measure(length, args.samples)
+        print(f"{length:6}  {expect:6.1f}  {reserve:7.1f}  {hashed:6.1f}  {encode:6.1f}")
 
 
 if __name__ == "__main__":
