@@ -31,6 +31,7 @@ from pdrelay.core.rank_config import RankConfig, Role
 from pdrelay.core.request import Request
 from pdrelay.core.sampling_params import SamplingParams
 from pdrelay.core.scheduler import Chunk, SchedulerConfig, StepPlan
+from pdrelay.core.token_ids import pack_ids
 from pdrelay.engine.accelerator import Accelerator, HostAccelerator
 from pdrelay.engine.attention import AttentionShape
 from pdrelay.engine.backend import cuda_backend
@@ -321,7 +322,9 @@ class Bench:
 def _request(name: str, num_tokens: int) -> Request:
     tokens = torch.randint(0, 250, (num_tokens,)).tolist()
     return Request(
-        EngineRequest(request_id=name, prompt_token_ids=tokens, params=GREEDY, arrived_ns=0)
+        EngineRequest(
+            request_id=name, prompt_token_ids=pack_ids(tokens), params=GREEDY, arrived_ns=0
+        )
     )
 
 

@@ -27,6 +27,7 @@ from pdrelay.core.messages import EngineRequest
 from pdrelay.core.request import Request
 from pdrelay.core.sampling_params import SamplingParams
 from pdrelay.core.scheduler import Chunk, StepPlan
+from pdrelay.core.token_ids import pack_ids
 from pdrelay.engine.cuda_communicator import connect_gpus
 from pdrelay.engine.cuda_engine import build_engine, prepare_backend
 from pdrelay.engine.models import build_model
@@ -93,7 +94,9 @@ class Rank:
     def request(self, name: str, num_tokens: int) -> Request:
         token_ids = [(7 * i) % self.config.vocab_size for i in range(num_tokens)]
         return Request(
-            EngineRequest(request_id=name, prompt_token_ids=token_ids, params=GREEDY, arrived_ns=0)
+            EngineRequest(
+                request_id=name, prompt_token_ids=pack_ids(token_ids), params=GREEDY, arrived_ns=0
+            )
         )
 
     def decode_plan(self, batch: int) -> StepPlan:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import sys
+
 import hypothesis.strategies as st
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from pdrelay.core.block_hash import extend_keys
 from pdrelay.core.block_manager import BlockManager
+from pdrelay.core.token_ids import pack_ids
 
 
 class BlockManagerMachine(RuleBasedStateMachine):
@@ -92,7 +96,7 @@ def test_evicts_least_recently_released_tail_first():
     manager = BlockManager(4)
     blocks = manager.allocate(4)
     keys: list[bytes] = []
-    extend_keys(keys, list(range(8)), 2)
+    extend_keys(keys, pack_ids(range(8)), 2)
     for block, key in zip(blocks, keys, strict=True):
         manager.set_key(block, key)
     manager.release(blocks)
@@ -122,12 +126,35 @@ def test_keys_name_whole_prefixes():
     a: list[bytes] = []
     b: list[bytes] = []
     salted: list[bytes] = []
-    extend_keys(a, [1, 2, 3, 4, 5], 2)
-    extend_keys(b, [9, 2, 3, 4, 5], 2)
-    extend_keys(salted, [1, 2, 3, 4, 5], 2, "tenant")
+    extend_keys(a, pack_ids([1, 2, 3, 4, 5]), 2)
+    extend_keys(b, pack_ids([9, 2, 3, 4, 5]), 2)
+    extend_keys(salted, pack_ids([1, 2, 3, 4, 5]), 2, "tenant")
     assert len(a) == 2
     assert a[1] != b[1], "same block, other prefix"
     assert a[0] != salted[0]
     extended = a[:1]
-    extend_keys(extended, [1, 2, 3, 4, 5], 2)
+    extend_keys(extended, pack_ids([1, 2, 3, 4, 5]), 2)
     assert extended == a
+
+
+def plain_keys(token_ids, block_size, salt):
+    """The definition, a block at a time."""
+    keys, parent = [], hashlib.sha256(b"pdrelay-block-v1:" + salt.encode()).digest()
+    for start in range(0, len(token_ids) - block_size + 1, block_size):
+        content = b"".join(i.to_bytes(4, sys.byteorder) for i in token_ids[start:][:block_size])
+        parent = hashlib.sha256(parent + content).digest()
+        keys.append(parent)
+    return keys
+
+
+@given(
+    st.lists(st.integers(0, 2**32 - 1), max_size=40),
+    st.integers(1, 9),
+    st.sampled_from(["", "tenant"]),
+    st.integers(0, 40),
+)
+def test_keys_are_their_plain_definition_however_they_are_extended(ids, block_size, salt, cut):
+    keys: list[bytes] = []
+    extend_keys(keys, pack_ids(ids[:cut]), block_size, salt)
+    extend_keys(keys, pack_ids(ids), block_size, salt)
+    assert keys == plain_keys(ids, block_size, salt)

@@ -4,12 +4,15 @@ import os
 import socket
 
 import hypothesis.strategies as st
+import msgspec
 import pytest
 from hypothesis import given
 
 from pdrelay.core.channel import Channel
 from pdrelay.core.framing import MAX_FRAME_BYTES, FrameCodec
-from pdrelay.core.messages import Abort, Ping, ToWorker
+from pdrelay.core.messages import Abort, EngineRequest, Ping, Submit, ToWorker
+from pdrelay.core.sampling_params import SamplingParams
+from pdrelay.core.token_ids import pack_ids
 from pdrelay.errors import ProtocolError
 
 
@@ -36,6 +39,44 @@ def test_any_cut_of_the_stream_gives_the_same_messages(nonces, data):
 def test_hostile_frames_are_protocol_errors(frame):
     with pytest.raises(ProtocolError):
         FrameCodec(ToWorker).feed(frame)
+
+
+def submit(ids):
+    params = SamplingParams(max_tokens=1, seed=0)
+    return Submit(EngineRequest(request_id="a", prompt_token_ids=ids, params=params, arrived_ns=0))
+
+
+@given(st.lists(st.integers(0, 2**32 - 1)))
+def test_token_ids_travel_as_bytes(ids):
+    codec = FrameCodec(ToWorker)
+    message = submit(pack_ids(ids))
+    frame = codec.encode(message)
+    assert b"".join(i.to_bytes(4, "little") for i in ids) in frame
+    (received,) = codec.feed(frame)
+    assert received == message
+    got = received.request.prompt_token_ids
+    assert got.typecode == "I" and got.tolist() == ids
+    got.append(7)  # a receiver's own
+
+
+@pytest.mark.parametrize("ids", [b"abc", b"abcde", [1, 2], "abcd", None, 5])
+def test_anything_but_whole_token_ids_is_a_protocol_error(ids):
+    body = msgspec.msgpack.encode(submit(ids))
+    frame = len(body).to_bytes(4, "little") + body
+    with pytest.raises(ProtocolError, match="undecodable"):
+        FrameCodec(ToWorker).feed(frame)
+
+
+@pytest.mark.parametrize("value", [object(), 1j])
+def test_nothing_else_becomes_bytes(value):
+    with pytest.raises(NotImplementedError, match="cannot be sent"):
+        FrameCodec(ToWorker).encode(value)
+
+
+@pytest.mark.parametrize("bad", [-1, 2**32])
+def test_ids_outside_uint32_do_not_pack(bad):
+    with pytest.raises(OverflowError):
+        pack_ids([bad])
 
 
 def channel_pair():

@@ -13,6 +13,7 @@ from pdrelay.core.messages import EngineRequest
 from pdrelay.core.request import Request, Status
 from pdrelay.core.sampling_params import SamplingParams
 from pdrelay.core.scheduler import Scheduler, SchedulerConfig
+from pdrelay.core.token_ids import pack_ids
 
 EOS = 999
 
@@ -27,7 +28,9 @@ def make_scheduler(num_blocks=32, *, budget=16, seqs=8, block_size=4, caching=Tr
 def make_request(name, prompt, max_tokens=4, **kwargs):
     role = kwargs.pop("samples_only_first", False)
     params = SamplingParams(max_tokens=max_tokens, seed=0, eos_token_ids=(EOS,), **kwargs)
-    source = EngineRequest(request_id=name, prompt_token_ids=prompt, params=params, arrived_ns=0)
+    source = EngineRequest(
+        request_id=name, prompt_token_ids=pack_ids(prompt), params=params, arrived_ns=0
+    )
     return Request(source, samples_only_first=role)
 
 
@@ -237,6 +240,25 @@ def test_consumer_promises_only_what_it_has():
     assert len(outputs["a"]) == 2
 
 
+def test_a_promise_needs_no_step():
+    """`reserve` may be called while steps are in flight, and again when blocks came back."""
+    scheduler = make_scheduler(num_blocks=6)
+    scheduler.add(make_request("r", [1, 2, 3], max_tokens=4))
+    in_flight = scheduler.schedule()
+    for name in "abc":
+        scheduler.expect(make_request(name, list(range(7)), max_tokens=3))
+    a, b = scheduler.reserve()  # one block is in use, one stays back for it, two for a, two for b
+    assert [a.request.request_id, b.request.request_id] == ["a", "b"]
+    promised = {*a.blocks, *b.blocks}
+    assert len(promised) == 4 and not promised & set(in_flight.chunks[0].request.block_table)
+    assert scheduler.reserve() == []
+    scheduler.finish(a.request)
+    (c,) = scheduler.reserve()
+    assert c.request.request_id == "c" and c.blocks == a.blocks
+    scheduler.check_integrity()
+    assert scheduler.schedule().reservations == []
+
+
 def drain_consumer(scheduler):
     """Run until nothing is left, committing every reservation at once."""
     outputs: dict[str, list[int]] = {}
@@ -347,6 +369,8 @@ def test_blocks_of_a_step_in_flight_stay_with_their_request(seed, num_blocks, bu
             request = reserved.pop()
             if request.status is Status.RESERVED:
                 scheduler.commit(request, 1)
+        if rng.random() < 0.5:
+            reserved += [r.request for r in scheduler.reserve()]
         if len(in_flight) < 2:
             plan = scheduler.schedule()
             check_plan(scheduler, plan)
@@ -379,6 +403,24 @@ def test_a_stop_in_the_step_before_keeps_the_blocks_until_the_next_is_read():
     scheduler.check_integrity()
     assert scheduler.update(second, [7]) == []
     assert scheduler.idle and scheduler.counts().free == 4
+
+
+def test_hashing_ahead_publishes_the_same():
+    """Whether or not the caller hashes while a step computes: the same hits."""
+    prompt = list(range(30))
+    for ahead in (False, True):
+        scheduler = make_scheduler(budget=7)
+        for name in "ab":
+            scheduler.add(make_request(name, prompt, max_tokens=2))
+            while scheduler.has_work:
+                plan = scheduler.schedule()
+                if ahead:
+                    scheduler.hash_ahead(c.request for c in plan.chunks)
+                    keys = [len(c.request.block_keys) for c in plan.chunks if c.length > 1]
+                    assert keys == [30 // 4] * len(keys)
+                scheduler.update(plan, [token_of(c.request) for c in plan.chunks if c.samples])
+                scheduler.check_integrity()
+        assert scheduler.prefix_hits == 28
 
 
 def test_preemption_waits_for_the_victims_step():

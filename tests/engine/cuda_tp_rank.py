@@ -20,6 +20,7 @@ from pdrelay.core.messages import EngineRequest
 from pdrelay.core.request import Request
 from pdrelay.core.sampling_params import SamplingParams
 from pdrelay.core.scheduler import Scheduler, SchedulerConfig
+from pdrelay.core.token_ids import pack_ids
 from pdrelay.engine.attention import ForwardContext, PrefillSegment
 from pdrelay.engine.communicator import connect_ranks
 from pdrelay.engine.cuda_engine import build_engine, open_device, prepare_backend
@@ -197,7 +198,10 @@ def serve(runner, vocab_size):
         scheduler.add(
             Request(
                 EngineRequest(
-                    request_id=str(i), prompt_token_ids=prompt, params=params, arrived_ns=0
+                    request_id=str(i),
+                    prompt_token_ids=pack_ids(prompt),
+                    params=params,
+                    arrived_ns=0,
                 )
             )
         )

@@ -9,15 +9,17 @@ from functools import partial
 import numpy as np
 
 from pdrelay.core.block_manager import BlockManager
-from pdrelay.core.clock import monotonic_ns
+from pdrelay.core.clock import FakeClock, monotonic_ns
 from pdrelay.core.messages import EngineRequest, Expect, Prefill
 from pdrelay.core.request import Status
 from pdrelay.core.sampling_params import SamplingParams
 from pdrelay.core.scheduler import Scheduler, SchedulerConfig
+from pdrelay.core.token_ids import pack_ids
 from pdrelay.engine.consumer import Consumer
 from pdrelay.engine.fake_runner import fake_layout
 from pdrelay.engine.outbox import Outbox
 from pdrelay.engine.producer import Producer
+from pdrelay.engine.slot_wait import SlotWait
 from pdrelay.transport.checksum import checksum
 from pdrelay.transport.host_device import HostDevice, HostFabric, HostPages
 from pdrelay.transport.registry import TransportOptions, create_transport
@@ -120,6 +122,9 @@ class Rig:
         self.scheduler = Scheduler(SchedulerConfig(8, budget, BLOCK_SIZE), blocks)
         self.outbox = Outbox()
         self.pools = Pools(self.fabric)
+        self.clock = FakeClock(monotonic_ns())
+        self.during_wait = None  # called when a step waits for slots; without: nothing comes
+        self.num_waits = 0
         self.producer = Producer(
             pools=self.pools,
             instance="prefill-0",
@@ -129,7 +134,8 @@ class Rig:
             num_layers=self.layout.num_layers,
             checksum=partial(checksum, self.pages, mode="full"),
             timeout_s=30.0,
-            clock=monotonic_ns,
+            clock=self.clock,
+            slot_wait=SlotWait(self.clock, self._wait),
         )
         self.decodes = [Decode(self, f"decode-{i}", num_blocks + i) for i in range(consumers)]
         self.steps: deque[Launched] = deque()
@@ -139,7 +145,7 @@ class Rig:
         decode = decode or self.decodes[0]
         request = EngineRequest(
             request_id=name,
-            prompt_token_ids=list(prompt),
+            prompt_token_ids=pack_ids(prompt),
             params=SamplingParams(max_tokens=8, seed=0, temperature=0.0),
             arrived_ns=monotonic_ns(),
         )
@@ -158,6 +164,7 @@ class Rig:
         plan = self.scheduler.schedule()
         if not plan.chunks:
             return False
+        self.producer.await_slots(plan, idle=not self.steps)
         remote = self.producer.remote_store(plan)
         rows = []
         for chunk in plan.chunks:
@@ -177,6 +184,13 @@ class Rig:
         self.device.launch(partial(step.done.__setitem__, 0, True))
         self.steps.append(step)
         return True
+
+    def _wait(self, channel, timeout_s):
+        """A step waits for slots: what happens then, or else time goes by."""
+        assert channel in self.producer.channels() and not self.steps
+        self.num_waits += 1
+        if self.during_wait is None or not self.during_wait():
+            self.clock.now_ns += int(timeout_s * 1e9) + 1
 
     def _write(self, layer, rows, remote):
         """What a RoPE + KV-write kernel does: own pages, and the peer's."""

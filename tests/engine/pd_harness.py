@@ -30,6 +30,7 @@ from pdrelay.core.messages import (
 )
 from pdrelay.core.sampling_params import SamplingParams
 from pdrelay.core.scheduler import Scheduler, SchedulerConfig
+from pdrelay.core.token_ids import pack_ids
 from pdrelay.engine.consumer import Consumer
 from pdrelay.engine.fake_runner import AsyncFakeRunner, FakeRunner, fake_layout
 from pdrelay.engine.loop import EngineLoop
@@ -157,7 +158,7 @@ class FrontDoor:
         self.seen[name] = Seen()
         return EngineRequest(
             request_id=name,
-            prompt_token_ids=prompt,
+            prompt_token_ids=pack_ids(prompt),
             params=SamplingParams(max_tokens=max_tokens, seed=0, temperature=0.0, **params),
             arrived_ns=monotonic_ns(),
         )

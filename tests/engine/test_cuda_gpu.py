@@ -14,6 +14,7 @@ from pdrelay.core.messages import EngineRequest
 from pdrelay.core.request import Request
 from pdrelay.core.sampling_params import SamplingParams
 from pdrelay.core.scheduler import Scheduler, SchedulerConfig
+from pdrelay.core.token_ids import pack_ids
 from pdrelay.model.config import kv_layout, parse_model_config
 
 if not torch.cuda.is_available():
@@ -82,7 +83,7 @@ def requests(count, seed=0, **params):
         yield Request(
             EngineRequest(
                 request_id=f"r{seed}-{i}",
-                prompt_token_ids=prompt,
+                prompt_token_ids=pack_ids(prompt),
                 params=SamplingParams(
                     **{
                         "max_tokens": 24,
@@ -139,7 +140,11 @@ def prompt_step(length):
     params = SamplingParams(max_tokens=2, seed=0, temperature=0.0, ignore_eos=True)
     prompt = [rng.randrange(VOCAB) for _ in range(length)]
     scheduler.add(
-        Request(EngineRequest(request_id="p", prompt_token_ids=prompt, params=params, arrived_ns=0))
+        Request(
+            EngineRequest(
+                request_id="p", prompt_token_ids=pack_ids(prompt), params=params, arrived_ns=0
+            )
+        )
     )
     return scheduler.schedule()
 

@@ -25,6 +25,7 @@ from pdrelay.core.messages import EngineRequest
 from pdrelay.core.request import Request
 from pdrelay.core.sampling_params import SamplingParams
 from pdrelay.core.scheduler import Scheduler, SchedulerConfig
+from pdrelay.core.token_ids import pack_ids
 from pdrelay.engine.accelerator import HostAccelerator
 from pdrelay.engine.attention import AttentionShape
 from pdrelay.engine.backend import cuda_backend
@@ -87,7 +88,9 @@ def add(scheduler, name, prompt, **params):
     params = SamplingParams(**{"max_tokens": 8, "seed": 5, "temperature": 0.0, **params})
     scheduler.add(
         Request(
-            EngineRequest(request_id=name, prompt_token_ids=prompt, params=params, arrived_ns=0)
+            EngineRequest(
+                request_id=name, prompt_token_ids=pack_ids(prompt), params=params, arrived_ns=0
+            )
         )
     )
 
@@ -388,7 +391,7 @@ def test_block_table_rows_follow_growth_preemption_and_departures():
         Request(
             EngineRequest(
                 request_id=f"r{i}",
-                prompt_token_ids=[1],
+                prompt_token_ids=pack_ids([1]),
                 arrived_ns=0,
                 params=SamplingParams(max_tokens=1, seed=0),
             )

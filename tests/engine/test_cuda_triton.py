@@ -14,6 +14,7 @@ from pdrelay.core.messages import EngineRequest
 from pdrelay.core.request import Request
 from pdrelay.core.sampling_params import SamplingParams
 from pdrelay.core.scheduler import Scheduler, SchedulerConfig
+from pdrelay.core.token_ids import pack_ids
 from pdrelay.engine.accelerator import HostAccelerator
 from pdrelay.engine.attention import AttentionShape
 from pdrelay.engine.backend import cuda_backend
@@ -57,7 +58,7 @@ def serve(kernels, num_requests, small_rows):
     for i in range(num_requests):
         source = EngineRequest(
             request_id=f"r{i}",
-            prompt_token_ids=list(range(i, 20 + i)),
+            prompt_token_ids=pack_ids(range(i, 20 + i)),
             params=SamplingParams(max_tokens=4, seed=0, temperature=0.0),
             arrived_ns=0,
         )

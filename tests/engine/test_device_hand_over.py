@@ -76,6 +76,150 @@ def submit_expect(rig, name, prompt):
     rig.submit(name, prompt, order=("expect",))
 
 
+@pytest.fixture
+def linked(rig):
+    """The pair has handed over before."""
+    promised(rig, "first", range(3))
+    rig.settle()
+    rig.fused_rows = rig.num_waits = 0
+    return rig
+
+
+def now(decode):
+    """For `during_wait`: the consumer answers within the time."""
+
+    def reserve():
+        decode.reserve()
+        return True
+
+    return reserve
+
+
+def settled(rig, name, prompt):
+    rig.settle()
+    rig.assert_arrived(name, list(prompt))
+
+
+def test_a_step_on_an_idle_device_waits_for_slots_that_come_in_time(linked):
+    linked.submit("a", range(14))
+    linked.during_wait = now(linked.decodes[0])
+    linked.launch()
+    assert linked.num_waits == 1 and linked.fused_rows == 12
+    settled(linked, "a", range(14))
+
+
+def test_a_step_is_launched_without_slots_that_do_not_come(linked):
+    linked.submit("a", range(14))
+    linked.launch()
+    assert linked.num_waits == 1 and linked.fused_rows == 0
+    settled(linked, "a", range(14))
+
+
+def test_a_consumer_that_was_late_is_waited_for_again_after_a_timely_promise(linked):
+    late = 1_000_000
+    for name, waits in ("a", 1), ("b", 0):  # the promise comes after the time
+        linked.num_waits = 0
+        linked.submit(name, range(14))
+        linked.launch()
+        assert linked.num_waits == waits and linked.fused_rows == 0
+        linked.clock.now_ns += late
+        settled(linked, name, range(14))
+    linked.submit("c", range(100, 114))
+    linked.launch()
+    assert linked.num_waits == 0
+    connect(linked)  # too late for its step, but it would have been worth to wait
+    settled(linked, "c", range(100, 114))
+    linked.submit("d", range(200, 214))
+    linked.during_wait = now(linked.decodes[0])
+    linked.launch()
+    assert linked.num_waits == 1 and linked.fused_rows == 12
+    settled(linked, "d", range(200, 214))
+
+
+def test_nothing_is_waited_for_while_a_step_is_in_flight(linked):
+    linked.submit("a", range(16))
+    linked.submit("b", range(100, 110), order=("prefill",))
+    linked.decodes[0].reserve()
+    linked.launch()
+    assert linked.fused_rows == 16 and not linked.num_waits
+    linked.launch()
+    assert linked.fused_rows == 16 and not linked.num_waits
+    linked.submit("b", range(100, 110), order=("expect",))
+    settled(linked, "a", range(16))
+    settled(linked, "b", range(100, 110))
+
+
+def test_only_the_first_step_of_a_prompt_waits(linked):
+    prompt = list(range(40))  # three steps
+    linked.submit("a", prompt)
+    linked.launch()
+    assert linked.num_waits == 1
+    linked.device.run()
+    linked.read()
+    linked.producer._peers[linked.decodes[0].address].punctual = True
+    linked.launch()
+    assert linked.num_waits == 1 and not linked.steps[0].done[0]
+    settled(linked, "a", prompt)
+
+
+def test_the_first_request_of_a_pair_waits_for_no_link(rig):
+    rig.submit("a", range(14))
+    rig.launch()
+    assert not rig.num_waits
+    settled(rig, "a", range(14))
+
+
+def test_only_the_consumer_of_most_rows_is_waited_for(tmp_path):
+    rig = Rig(tmp_path, consumers=2, budget=64)
+    few, many = rig.decodes
+    for number, decode in enumerate(rig.decodes):
+        promised(rig, f"first{number}", range(3), decode)
+    rig.settle()
+    rig.fused_rows = rig.num_waits = 0
+    rig.submit("a", range(8), few)
+    rig.submit("b", range(100, 120), many)
+    rig.during_wait = now(many)
+    rig.launch()
+    assert rig.num_waits == 1 and rig.fused_rows == 20
+    rig.settle()
+    rig.submit("c", range(300, 308), few)
+    rig.submit("d", range(200, 220), many)
+    many.reserve()  # the other's slots do not matter
+    rig.launch()
+    assert rig.num_waits == 1 and rig.fused_rows == 40
+    rig.settle()
+    rig.assert_arrived("c", list(range(300, 308)), few)
+    rig.assert_arrived("d", list(range(200, 220)), many)
+    rig.close()
+
+
+@pytest.mark.parametrize("how", ["cancel", "end"])
+def test_a_consumer_that_leaves_during_the_wait_ends_it(linked, how):
+    linked.submit("a", range(14))
+    decode = linked.decodes[0]
+
+    def leave():
+        if how == "cancel":
+            decode.reserve()
+            decode.consumer.abort("a", "the client left")
+        else:
+            decode.consumer.close()
+        return True
+
+    linked.during_wait = leave
+    linked.launch()
+    assert linked.num_waits == 1 and linked.fused_rows == 0
+    linked.producer.poll()
+    linked.device.run()
+    linked.read()
+    decode.watch()
+    if how == "cancel":
+        decode.poll()
+        assert not decode.promised()
+    assert not linked.scheduler.requests
+    linked.scheduler.check_integrity()
+
+
 def test_commit_waits_for_the_copy_and_for_the_step(rig):
     promised(rig, "a", range(14))
     decode = rig.decodes[0]
@@ -268,6 +412,19 @@ def test_any_interleaving_stores_into_promised_blocks_only(
     )
     shared = [rng.randrange(900) for _ in range(16)]
     prompts, where, gone = {}, {}, set()
+
+    def during_wait():
+        decode = rng.choice(rig.decodes)
+        decode.reserve()
+        decode.poll()
+        told = [name for name, each in decode.consumer._incoming.items() if each.channel]
+        if told and rng.random() < 0.2:  # the producer hears of it while it waits
+            name = rng.choice(told)
+            gone.add(name)
+            decode.consumer.abort(name, "left")
+        return rng.random() < 0.8
+
+    rig.during_wait = during_wait
     actions = ["submit", "launch", "compute", "copy", "read", "poll", "d-poll", "cancel", "abort"]
     for _ in range(120):
         action = rng.choice(actions)

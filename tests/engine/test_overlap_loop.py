@@ -9,6 +9,7 @@ import pytest
 from pd_harness import FrontDoor, Instance, socket_path
 from pd_transports import TRANSPORTS, TransportKit
 
+from pdrelay.core.events import EventKind
 from pdrelay.core.sampling_params import SamplingParams
 from pdrelay.engine.fake_runner import VOCAB_SIZE, expected_tokens
 
@@ -158,6 +159,62 @@ def test_hand_over_between_asynchronous_instances(kit):
         assert door.seen[name].tokens() == expected
     door.settle()
     door.drain()
+
+
+def reserved(door, name):
+    return any(event.kind is EventKind.RESERVED for event in door.seen[name].events)
+
+
+def test_blocks_are_promised_while_no_step_may_be_planned(tmp_path):
+    """Steps fill the device: promises leave all the same, also those that wait for blocks."""
+    with TransportKit("mapped", tmp_path) as kit:
+        address = socket_path(kit.directory, "d.sock")
+        decode = Instance(
+            "decode-0", transport_factory=kit.factory, address=address, num_blocks=20, overlap=True
+        )
+        prefill = Instance("prefill-0", transport_factory=kit.factory)
+        door = FrontDoor(prefill, decode)
+        gate = Gate(decode.runner, 2)
+        door.relay(prefill, decode, address, door.request("a", [1, 2, 3], 8))
+        assert gate.reached.wait(20)
+        door.pump(lambda: decode.runner.num_launched == 4)
+        for name in ("b", "c"):  # expected, and not prefilled yet: too large to fit both
+            request = door.request(name, [ord(name) + i for i in range(40)], 3)
+            door.relay(prefill, decode, address, request, order=("expect",))
+        door.pump(lambda: reserved(door, "b"))
+        after_a_turn(door, decode)
+        assert not reserved(door, "c")
+        door.abort("b")
+        door.pump(lambda: reserved(door, "c"))
+        assert decode.runner.num_launched == 4
+        gate.go.set()
+        door.relay(prefill, decode, address, request, order=("prefill",))
+        door.finish("a", "c")
+        assert door.seen["c"].tokens() == expected_tokens([ord("c") + i for i in range(40)], 3)
+        door.settle()
+        door.drain()
+
+
+def test_a_producer_may_wait_for_slots_only_on_an_idle_device(tmp_path):
+    with TransportKit("mapped@host", tmp_path) as kit:
+        prefill = Instance("prefill-0", transport_factory=kit.factory, overlap=True)
+        address = socket_path(kit.directory, "d.sock")
+        decode = Instance("decode-0", transport_factory=kit.factory, address=address)
+        door = FrontDoor(prefill, decode)
+        calls = []
+        prefill.producer.await_slots = lambda plan, *, idle: calls.append(("wait", idle))
+        prefill.loop._remote_of = lambda plan: calls.append("remote_of")  # returns None
+        gate = Gate(prefill.runner, 0)
+        door.relay(prefill, decode, address, door.request("a", list(range(20)), 3))
+        assert gate.reached.wait(20)
+        door.pump(lambda: prefill.runner.num_launched == 2)
+        after_a_turn(door, prefill)
+        assert calls == [("wait", True), "remote_of", ("wait", False), "remote_of"]
+        gate.go.set()
+        door.finish()
+        assert door.seen["a"].tokens() == expected_tokens(range(20), 3)
+        door.settle()
+        door.drain()
 
 
 def test_idle_work_waits_until_no_step_is_in_flight(monkeypatch):

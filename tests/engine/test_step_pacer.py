@@ -8,6 +8,7 @@ from pdrelay.core.messages import EngineRequest
 from pdrelay.core.request import Request
 from pdrelay.core.sampling_params import SamplingParams
 from pdrelay.core.scheduler import Chunk, StepPlan
+from pdrelay.core.token_ids import pack_ids
 from pdrelay.engine.step_pacer import LEAD_NS, StepPacer
 
 STEP_NS, LAUNCH_NS = 5_000_000, 300_000
@@ -17,7 +18,7 @@ def plan(num_decodes, prompt=0):
     request = Request(
         EngineRequest(
             request_id="r",
-            prompt_token_ids=[1] * 100,
+            prompt_token_ids=pack_ids([1] * 100),
             params=SamplingParams(max_tokens=9, seed=0),
             arrived_ns=0,
         )

@@ -27,6 +27,7 @@ from pdrelay.core.messages import (
     Submit,
 )
 from pdrelay.core.sampling_params import SamplingParams
+from pdrelay.core.token_ids import pack_ids
 from pdrelay.launch.instance import Instance
 
 STUB_COMMAND = (sys.executable, str(Path(__file__).with_name("stub_worker.py")))
@@ -145,7 +146,10 @@ class StubFrontDoor(StubListener):
         params = SamplingParams(max_tokens=1, seed=0)
         message = Submit(
             EngineRequest(
-                request_id=request_id, prompt_token_ids=tokens, params=params, arrived_ns=0
+                request_id=request_id,
+                prompt_token_ids=pack_ids(tokens),
+                params=params,
+                arrived_ns=0,
             )
         )
         next(iter(self.links.values())).send(message)

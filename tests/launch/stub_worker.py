@@ -58,7 +58,7 @@ def serve(config: RankConfig, control: Channel, sock: socket.socket, mode: set[s
     def answer(request) -> None:
         out = Output(
             request_id=request.request_id,
-            token_ids=request.prompt_token_ids,
+            token_ids=request.prompt_token_ids.tolist(),
             finish_reason="length",
         )
         control.send(StepResult(t_ns=time.monotonic_ns(), outputs=[out]))

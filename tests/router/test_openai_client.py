@@ -7,6 +7,7 @@ import pytest
 from router_harness import PD, REPLICA, front_door, model_info, spell
 
 from pdrelay.core.messages import Expect, Prefill, Submit
+from pdrelay.core.token_ids import pack_ids
 from pdrelay.model.generation_config import GenerationConfig
 from pdrelay.model.tokenizer import byte_level_tokenizer
 from pdrelay.router.fake import fake_token
@@ -19,7 +20,7 @@ CHAT_IDS = TOKENIZER.encode("<|bos|><|user|>hi<|end|><|assistant|>", add_special
 
 def expected(prompt_ids: list[int], count: int) -> str:
     class Request:
-        prompt_token_ids = prompt_ids
+        prompt_token_ids = pack_ids(prompt_ids)
 
     return "".join(chr(fake_token(Request, i)) for i in range(count))
 

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from pdrelay.core.messages import EngineRequest, Role
 from pdrelay.core.sampling_params import SamplingParams
+from pdrelay.core.token_ids import pack_ids
 from pdrelay.errors import WorkerLostError
 from pdrelay.router.cluster import Cluster, Lease
 from pdrelay.router.fake import FakeEngine, FakeEngineClient
@@ -17,7 +18,7 @@ INSTANCES = ["a", "b", "c"]
 def request(*token_ids: int, salt: str = "") -> EngineRequest:
     return EngineRequest(
         request_id="r",
-        prompt_token_ids=list(token_ids),
+        prompt_token_ids=pack_ids(token_ids),
         params=SamplingParams(max_tokens=1, seed=0),
         arrived_ns=0,
         cache_salt=salt,

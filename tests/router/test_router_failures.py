@@ -8,7 +8,8 @@ import openai
 import pytest
 from router_harness import PD, REPLICA, FrontDoor, front_door, parse_sse, until
 
-from pdrelay.core.messages import Abort, Output, Role, StepResult
+from pdrelay.core.messages import Abort, Expect, Output, Prefill, Role, StepResult
+from pdrelay.errors import WorkerLostError
 from pdrelay.router.config import RouterConfig
 
 BODY = {"prompt": "hello", "max_tokens": 50}
@@ -140,6 +141,27 @@ async def test_a_failure_from_one_side_aborts_the_other(victim) -> None:
         other = "decode-0" if victim == "prefill-0" else "prefill-0"
         assert [m.request_id for m in front.sent(other, Abort)] == [request_id]
         assert front.sent(victim, Abort) == []
+        front.assert_idle()
+
+
+@VICTIMS
+async def test_an_instance_that_takes_no_message_leaves_nothing_at_the_other(
+    monkeypatch, victim
+) -> None:
+    async with front_door(PD, auto=False) as front:
+
+        def refuse(message) -> None:
+            if not isinstance(message, Abort):
+                raise WorkerLostError("its socket is full; try again")
+
+        monkeypatch.setattr(front.clients[victim], "send", refuse)
+        status, body, _ = await ask(front)
+        assert status == 503 and "its socket is full" in body["error"]["message"]
+        if victim == "prefill-0":  # it is told last
+            (expected,), (aborted,) = (front.sent("decode-0", kind) for kind in (Expect, Abort))
+            assert aborted.request_id == expected.request.request_id
+        else:
+            assert front.sent("prefill-0", Prefill) == []
         front.assert_idle()
 
 

@@ -23,6 +23,7 @@ from pdrelay.core.messages import (
     WorkerStats,
 )
 from pdrelay.core.sampling_params import SamplingParams
+from pdrelay.core.token_ids import pack_ids
 from pdrelay.errors import WorkerLostError
 from pdrelay.router.bridge import Bridge
 from pdrelay.router.engine_client import StreamEngineClient
@@ -107,7 +108,7 @@ def submit(size: int = 3) -> Submit:
     return Submit(
         EngineRequest(
             request_id="x",
-            prompt_token_ids=list(range(size)),
+            prompt_token_ids=pack_ids(range(size)),
             params=SamplingParams(max_tokens=1, seed=0),
             arrived_ns=0,
         )

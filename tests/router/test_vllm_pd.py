@@ -9,8 +9,12 @@ import pytest
 from http_harness import vllm_front_door
 from router_harness import PD, until
 
-from pdrelay.core.messages import Role
+from pdrelay.core.messages import Abort, EngineRequest, Role
+from pdrelay.core.sampling_params import SamplingParams
+from pdrelay.core.token_ids import pack_ids
+from pdrelay.errors import WorkerLostError
 from pdrelay.router.fake_server import expected_tokens, token_at
+from pdrelay.router.http_pd import HandOvers
 
 PROMPT = [1, 2, 3, 4]
 WAYS = [
@@ -30,6 +34,13 @@ def ids(way):
 @pytest.fixture(params=WAYS, ids=ids)
 def way(request):
     return request.param
+
+
+def engine_request(prompt):
+    params = SamplingParams(max_tokens=3, seed=0)
+    return EngineRequest(
+        request_id="a", prompt_token_ids=pack_ids(prompt), params=params, arrived_ns=0
+    )
 
 
 def kv(sent):
@@ -340,3 +351,36 @@ def test_the_fakes_tokens_depend_on_prompt_and_position():
     seen = {tuple(expected_tokens([i, 2, 3], 4)) for i in range(40)}
     assert len(seen) > 20
     assert token_at([1], 1) != token_at([1], 2)
+
+
+@pytest.mark.parametrize("order", [("produce", "consume"), ("consume", "produce")])
+async def test_the_producers_leg_begins_first_in_either_order_of_messages(order):
+    begun = []
+
+    class Style:
+        async def produce(self, hand_over):
+            begun.append(("produce", hand_over.producer))
+
+        async def consume(self, hand_over, consumer):
+            begun.append(("consume", consumer))
+
+    hand_overs, request = HandOvers(Style()), engine_request([1, 2])
+    works = [getattr(hand_overs, leg)(request, leg[0]) for leg in order]
+    async with asyncio.timeout(20):
+        await asyncio.gather(*(work() for work in works))
+    assert begun == [("produce", "p"), ("consume", "c")]
+
+
+async def test_a_producer_that_takes_no_message_leaves_no_call_to_the_consumer(monkeypatch):
+    async with vllm_front_door(PD, connector="pdrelay") as door:
+
+        def refuse(message):
+            if not isinstance(message, Abort):
+                raise WorkerLostError("it is gone; try again")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(door.clients["prefill-0"], "send", refuse)
+            body = {"prompt": PROMPT, "max_tokens": 3}
+            assert (await door.post("/v1/completions", body))[0] == 503
+        await door.idle()
+        assert not door.fakes["decode-0"].requests

@@ -8,8 +8,8 @@ Python hash is neither; see CVE-2025-25183 on vLLM's).
 from __future__ import annotations
 
 import hashlib
-from array import array
-from collections.abc import Sequence
+
+from pdrelay.core.token_ids import ID_BYTES, TokenIds
 
 
 def root_key(cache_salt: str = "") -> bytes:
@@ -18,13 +18,24 @@ def root_key(cache_salt: str = "") -> bytes:
 
 
 def extend_keys(
-    keys: list[bytes], token_ids: Sequence[int], block_size: int, cache_salt: str = ""
+    keys: list[bytes],
+    token_ids: TokenIds,
+    block_size: int,
+    cache_salt: str = "",
+    num_blocks: int | None = None,
 ) -> None:
-    """Append to `keys` the keys of all full blocks of `token_ids` it does not hold yet."""
+    """Append to `keys` the keys that it does not hold yet of the full blocks of `token_ids`, of the
+    first `num_blocks` of them, or of all."""
+    first, stop = len(keys), len(token_ids) // block_size
+    if num_blocks is not None:
+        stop = min(stop, num_blocks)
+    if first >= stop:
+        return
     parent = keys[-1] if keys else root_key(cache_salt)
-    for i in range(len(keys), len(token_ids) // block_size):
-        block = array("I", token_ids[i * block_size : (i + 1) * block_size])
-        parent = hashlib.sha256(parent + block.tobytes()).digest()
+    raw = token_ids[first * block_size : stop * block_size].tobytes()
+    step = block_size * ID_BYTES
+    for start in range(0, len(raw), step):
+        parent = hashlib.sha256(parent + raw[start : start + step]).digest()
         keys.append(parent)
 
 

@@ -1,15 +1,18 @@
 """Length-prefixed msgpack frames: one codec for asyncio and for blocking or polled sockets.
 
-A frame is a little-endian uint32 length and that many bytes of msgpack.
+A frame is a little-endian uint32 length and that many bytes of msgpack. Token ids are a byte string
+in it (`core/token_ids.py`).
 """
 
 from __future__ import annotations
 
 import struct
+from array import array
 from typing import Any, Generic, TypeVar
 
 import msgspec
 
+from pdrelay.core.token_ids import TokenIds, ids_from_bytes, ids_to_bytes
 from pdrelay.errors import ProtocolError
 
 MAX_FRAME_BYTES = 256 << 20
@@ -22,8 +25,8 @@ class FrameCodec(Generic[T]):
     """Encode messages to frames and cut a byte stream back into messages of one union type."""
 
     def __init__(self, message_type: Any) -> None:
-        self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(message_type)
+        self._encoder = msgspec.msgpack.Encoder(enc_hook=_encode_ids)
+        self._decoder = msgspec.msgpack.Decoder(message_type, dec_hook=_decode_ids)
         self._buffer = bytearray()
 
     def encode(self, message: Any) -> bytes:
@@ -54,3 +57,17 @@ class FrameCodec(Generic[T]):
         if start:
             del self._buffer[:start]
         return messages
+
+
+def _encode_ids(value: Any) -> bytes:
+    if not isinstance(value, array):
+        raise NotImplementedError(f"{type(value).__name__} cannot be sent")
+    return ids_to_bytes(value)
+
+
+def _decode_ids(kind: type, value: Any) -> TokenIds:
+    """Raises ValueError, which the decoder reports with the place in the message."""
+    assert kind is array
+    if not isinstance(value, bytes):
+        raise ValueError(f"token ids are bytes, not {type(value).__name__}")
+    return ids_from_bytes(value)

@@ -18,6 +18,7 @@ import msgspec
 from pdrelay.core.events import Event
 from pdrelay.core.kv_layout import KVLayout
 from pdrelay.core.sampling_params import SamplingParams
+from pdrelay.core.token_ids import TokenIds
 
 
 class Role(enum.StrEnum):
@@ -35,7 +36,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A validated, tokenized request. `request_id` is internal and never reused."""
 
     request_id: str
-    prompt_token_ids: list[int]
+    prompt_token_ids: TokenIds
     params: SamplingParams
     arrived_ns: int
     cache_salt: str = ""  # separates prefix caches

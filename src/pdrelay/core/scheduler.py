@@ -5,10 +5,11 @@ every request of its instance, in each role:
 
     both      add -> (steps) -> finished
     prefill   add(samples_only_first) -> (steps) -> handing over -> release
-    decode    expect -> reserved -> commit -> (steps) -> finished
+    decode    expect -> (reserve) -> commit -> (steps) -> finished
 
 `schedule` moves progress forward at once, `update` brings the sampled tokens: a caller may plan
-step N+1 before the tokens of step N are in. Preemption is by recomputation, latest first, as in
+step N+1 before the tokens of step N are in. `reserve` promises blocks between steps, so that a
+producer need not wait for the next one. Preemption is by recomputation, latest first, as in
 vLLM (Kwon et al., 2023, section 4.5).
 
 A block goes back to the pool only when no planned step that touches it is unread: a finished
@@ -20,7 +21,7 @@ at once; nothing relies on the order of one device's stream.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -188,13 +189,18 @@ class Scheduler:
     # ---- one step
 
     def schedule(self) -> StepPlan:
-        plan = StepPlan()
-        self._reserve_expected(plan)
+        plan = StepPlan(reservations=self.reserve())
         budget = self._schedule_running(plan, self.config.max_num_batched_tokens)
         if not plan.preempted and not plan.blocked:
             self._schedule_waiting(plan, budget)
         plan.chunks.sort(key=lambda chunk: not chunk.is_decode)
         return plan
+
+    def hash_ahead(self, requests: Iterable[Request]) -> None:
+        """Hash the prompts that `update` or `commit` will publish: free while a device computes
+        them, here or at the producer."""
+        for request in requests:
+            request.extend_block_keys(self.config.block_size)
 
     def update(self, plan: StepPlan, sampled: Sequence[int]) -> list[NewToken]:
         """Take the tokens sampled for the plan's sampling chunks, in their order.
@@ -232,27 +238,37 @@ class Scheduler:
             self.lingering.remove(request)
             self._free(request)
 
-    def _reserve_expected(self, plan: StepPlan) -> None:
+    def reserve(self) -> list[Reservation]:
+        """Consumer: promise blocks to expected requests, first come first, while there are enough.
+
+        At any time, also while steps are in flight: what is free is touched by none of them.
+        """
+        reservations: list[Reservation] = []
         while self.expected:
-            request = self.expected[0]
-            keys = request.prompt_keys(self.config.block_size)
-            cached = self.blocks.match(keys)
-            # Room for the first decoded token too, so that it is not preempted on arrival.
-            needed = self._blocks_for(request.num_prompt_tokens + 1) - len(cached)
-            self.blocks.acquire(cached)
-            # A block for each running request stays back: promises must not preempt decodes.
-            if needed + len(self.running) > self.blocks.num_available:
-                self.blocks.release(cached)
-                return
-            fresh = self.blocks.allocate(needed)
-            assert fresh is not None
+            reservation = self._reserve(self.expected[0])
+            if reservation is None:
+                break
             self.expected.popleft()
-            request.block_table = cached + fresh
-            request.num_published_blocks = len(cached)
-            request.status = Status.RESERVED
-            self.blocks.begin_transfer(request.block_table)
-            promised = request.block_table[len(cached) : len(keys)]
-            plan.reservations.append(Reservation(request, len(cached), promised))
+            reservations.append(reservation)
+        return reservations
+
+    def _reserve(self, request: Request) -> Reservation | None:
+        keys = request.prompt_keys(self.config.block_size)
+        cached = self.blocks.match(keys)
+        # Room for the first decoded token too, so that it is not preempted on arrival.
+        needed = self._blocks_for(request.num_prompt_tokens + 1) - len(cached)
+        self.blocks.acquire(cached)
+        # A block for each running request stays back: promises must not preempt decodes.
+        if needed + len(self.running) > self.blocks.num_available:
+            self.blocks.release(cached)
+            return None
+        fresh = self.blocks.allocate(needed)
+        assert fresh is not None
+        request.block_table = cached + fresh
+        request.num_published_blocks = len(cached)
+        request.status = Status.RESERVED
+        self.blocks.begin_transfer(request.block_table)
+        return Reservation(request, len(cached), request.block_table[len(cached) : len(keys)])
 
     def _schedule_running(self, plan: StepPlan, budget: int) -> int:
         for request in list(self.running):
@@ -354,12 +370,10 @@ class Scheduler:
         if request.params.prompt_logprobs is not None and request.num_output_tokens == 0:
             request.num_cached_tokens = 0
             return
-        request.extend_block_keys(self.config.block_size)
-        limit = (len(request.token_ids) - 1) // self.config.block_size
-        keys = request.block_keys[:limit]
+        keys = request.prefix_keys(self.config.block_size)
         cached = self.blocks.match(keys)
         self.blocks.acquire(cached)
-        request.block_table = cached + self._load_external(keys[len(cached) :])
+        request.block_table = cached + self._load_external(keys, len(cached))
         request.num_published_blocks = len(cached)
         request.num_computed_tokens = len(request.block_table) * self.config.block_size
         if request.num_cached_tokens is None:
@@ -367,9 +381,10 @@ class Scheduler:
             self.prefix_queries += len(request.token_ids)
             self.prefix_hits += request.num_computed_tokens
 
-    def _load_external(self, keys: Sequence[bytes]) -> list[int]:
-        if self._external_prefix is None or not keys:
+    def _load_external(self, all_keys: Sequence[bytes], num_cached: int) -> list[int]:
+        if self._external_prefix is None or num_cached == len(all_keys):
             return []
+        keys = all_keys[num_cached:]
         count = min(self._external_prefix.match(keys), self.blocks.num_available)
         blocks = self.blocks.allocate(count) or []
         loaded = self._external_prefix.load(keys[:count], blocks) if blocks else 0

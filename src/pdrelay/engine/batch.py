@@ -48,7 +48,7 @@ def wants_prompt_logprobs(chunk: Chunk) -> bool:
 def build_batch(plan: StepPlan, block_size: int) -> BatchInput:
     """Lay out a plan. Decode chunks come first in it; slot = block * block_size + offset."""
     decodes = [c for c in plan.chunks if c.is_decode]
-    token_ids: list[int] = []
+    token_ids: list[np.ndarray] = []
     positions: list[np.ndarray] = []
     slots: list[np.ndarray] = []
     prefills: list[PrefillSegment] = []
@@ -57,7 +57,7 @@ def build_batch(plan: StepPlan, block_size: int) -> BatchInput:
     for chunk in plan.chunks:
         assert not chunk.token_pending, "this runner reads every step before it plans the next"
         request, start, length = chunk.request, chunk.start, chunk.length
-        token_ids.extend(request.token_ids[start : start + length])
+        token_ids.append(np.asarray(request.token_ids[start : start + length], dtype=np.int64))
         position = np.arange(start, start + length, dtype=np.int64)
         table = np.asarray(request.block_table, dtype=np.int64)
         positions.append(position)
@@ -77,7 +77,7 @@ def build_batch(plan: StepPlan, block_size: int) -> BatchInput:
         used = chunk.request.block_table[:width]
         tables[i, : len(used)] = used
     return BatchInput(
-        token_ids=np.asarray(token_ids, dtype=np.int64).tobytes(),
+        token_ids=np.concatenate(token_ids).tobytes(),
         positions=np.concatenate(positions).tobytes(),
         slot_mapping=np.concatenate(slots).tobytes(),
         num_decodes=len(decodes),

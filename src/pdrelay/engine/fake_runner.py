@@ -94,7 +94,7 @@ class _Row:
     @classmethod
     def of(cls, chunk: Chunk) -> _Row:
         request, stop = chunk.request, chunk.start + chunk.length
-        token_ids = [-1] if chunk.token_pending else request.token_ids[chunk.start : stop]
+        token_ids = [-1] if chunk.token_pending else request.token_ids[chunk.start : stop].tolist()
         return cls(
             request.request_id, chunk.start, token_ids, list(request.block_table), chunk.samples
         )

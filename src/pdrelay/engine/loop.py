@@ -32,7 +32,7 @@ from pdrelay.core.messages import (
     WorkerStats,
 )
 from pdrelay.core.request import Request
-from pdrelay.core.scheduler import NewToken, Scheduler, StepPlan
+from pdrelay.core.scheduler import NewToken, Reservation, Scheduler, StepPlan
 from pdrelay.engine.consumer import Consumer
 from pdrelay.engine.outbox import Outbox
 from pdrelay.engine.prefix_writer import PrefixWriter
@@ -102,12 +102,14 @@ class EngineLoop:
             self._read_control()
             if self._draining and self._scheduler.idle and not self._in_flight:
                 return
+            self._reserve()  # producers wait for promises
             self._poll_transfers()
             worked = self._read_steps()
             if worked:
                 self._flush()  # tokens leave before the next step is planned
                 if self._producer is not None:
                     self._producer.poll()  # and what the step completed is committed
+            self._reserve()  # of what was given back meanwhile
             worked |= self._launch_steps()
             worked |= self._read_steps()
             self._flush()
@@ -187,6 +189,17 @@ class EngineLoop:
         if self._consumer is not None:
             self._consumer.poll()
 
+    def _reserve(self) -> None:
+        """Promise blocks whether or not a step may be planned now."""
+        if self._scheduler.expected:
+            self._promise(self._scheduler.reserve())
+
+    def _promise(self, reservations: list[Reservation]) -> None:
+        for reservation in reservations:
+            assert self._consumer is not None
+            self._consumer.reserved(reservation)
+        self._scheduler.hash_ahead(reservation.request for reservation in reservations)
+
     # ---- steps
 
     def _launch_steps(self) -> bool:
@@ -195,9 +208,7 @@ class EngineLoop:
         while len(self._in_flight) < self._runner.depth and self._may_plan():
             begun_ns = self._clock()
             plan = self._scheduler.schedule()
-            for reservation in plan.reservations:
-                assert self._consumer is not None
-                self._consumer.reserved(reservation)
+            self._promise(plan.reservations)
             changed |= bool(plan.reservations)
             if not plan.chunks:
                 break
@@ -222,16 +233,20 @@ class EngineLoop:
 
     def _launch(self, plan: StepPlan) -> None:
         """A producer sends each layer as it is written, or queues it behind the layer."""
+        producer = self._producer
+        remote = None
+        if producer is not None and self._remote_of is not None:
+            producer.await_slots(plan, idle=not self._in_flight)
+            remote = self._remote_of(plan)
         now_ns = self._clock()
         self._note_start(plan, now_ns)
-        producer = self._producer
-        remote = self._remote_of(plan) if self._remote_of is not None else None
         after_layer = None
         if producer is not None:
             producer.begin_step()
             after_layer = partial(producer.after_layer, plan)
         handle = self._runner.launch(plan, after_layer, remote)
         self._in_flight.append(InFlight(plan, handle, now_ns))
+        self._scheduler.hash_ahead(c.request for c in plan.chunks if c.length > 1)
 
     def _read_steps(self) -> bool:
         """Read every step that is done. Returns whether there was one."""

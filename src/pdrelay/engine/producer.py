@@ -8,6 +8,7 @@ once it has read the step. `transport/device_mapped.py` has the whole argument.
 
 The loop's calls, in this order for each step, and each of them once a step:
 
+    await_slots(plan, idle=...)   wait a moment, if that may let the step store for its consumer
     remote_store(plan)            where the step's kernels shall store besides the own pages
     begin_step()
     after_layer(plan, layer) ...  the layer's writes are launched (or done)
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -41,6 +42,7 @@ from pdrelay.core.messages import (
 from pdrelay.core.request import Request
 from pdrelay.core.scheduler import Chunk, Scheduler, StepPlan
 from pdrelay.engine.outbox import Outbox
+from pdrelay.engine.slot_wait import SlotWait
 from pdrelay.errors import (
     DeadlineError,
     ProtocolError,
@@ -72,6 +74,7 @@ class Peer:
     early: dict[str, Reserve] = field(default_factory=dict)  # before the front door's Prefill
     closing: dict[str, Closing] = field(default_factory=dict)
     refusal: str = ""  # why the transport cannot reach it
+    punctual: bool = True  # its last promise was in time, so the next is worth waiting for
 
 
 @dataclass
@@ -123,6 +126,7 @@ class Outgoing:
     first_token: int | None = None
     deadline_ns: int | None = None  # set once prefill is done
     table: list[int] = field(default_factory=list)  # `request.block_table` as last seen
+    slots_due_ns: int | None = None  # until when its first step may wait for slots; None: no step
 
 
 class PoolListener(Protocol):
@@ -135,7 +139,7 @@ class PoolListener(Protocol):
 
 
 class Producer:
-    """Drives hand-overs from the engine's thread. Calls nothing that blocks."""
+    """Drives hand-overs from the engine's thread. Nothing but `await_slots` blocks."""
 
     def __init__(
         self,
@@ -149,9 +153,11 @@ class Producer:
         timeout_s: float,
         clock: Clock,
         pools: PoolListener | None = None,
+        slot_wait: SlotWait | None = None,
     ) -> None:
         """`pools` hears of the pools that `remote_store` names."""
         self._pools = pools
+        self._slot_wait = slot_wait or SlotWait(clock)
         self._instance = instance
         self._transport = transport
         self._scheduler = scheduler
@@ -212,19 +218,47 @@ class Producer:
 
     # ---- during and after a step
 
+    def await_slots(self, plan: StepPlan, *, idle: bool) -> None:
+        """Give the consumer of most rows `SLOT_WAIT_NS` to say where the prompts that begin in
+        this step go. `idle`: no step is in flight; otherwise, and for a consumer that was late
+        last time, nothing is waited for."""
+        stores = self._reachable(plan)
+        peer = self._busiest(stores)
+        if peer is None:
+            return
+        due_ns = self._slot_wait.due_ns()
+        missing = [
+            outgoing
+            for outgoing, _ in stores
+            if outgoing.slots_due_ns is None and not outgoing.hand_over.slots_known
+        ]
+        for outgoing in missing:
+            outgoing.slots_due_ns = due_ns
+        awaited = [outgoing for outgoing in missing if outgoing.peer is peer]
+        if not (idle and awaited and peer.punctual):
+            return
+
+        def over() -> bool:
+            self._read(peer)
+            return peer.channel.closed or not any(map(self._lacks_slots, awaited))
+
+        peer.punctual = self._slot_wait.until(over, peer.channel, due_ns)
+
+    def _lacks_slots(self, outgoing: Outgoing) -> bool:
+        known = outgoing.hand_over.slots_known
+        return not known and self._outgoing.get(outgoing.request.request_id) is outgoing
+
     def remote_store(self, plan: StepPlan) -> RemoteSlots | None:
         """Which consumer's pages the plan's step shall store into, too: of the one to which most
         of its rows go. What is not stored so is copied. Claims the rows: the step must follow."""
         assert self._next_step is None
-        rows: dict[str, int] = {}  # by peer address
-        for outgoing, chunk in self._fusible(plan):
-            rows[outgoing.peer.address] = rows.get(outgoing.peer.address, 0) + chunk.length
-        if not rows:
+        stores = [store for store in self._reachable(plan) if store[0].hand_over.slots_known]
+        peer = self._busiest(stores)
+        if peer is None:
             return None
-        peer = self._peers[max(rows, key=lambda address: rows[address])]
         slots = np.full(sum(chunk.length for chunk in plan.chunks), -1, np.int64)
         step = FusedStep(peer, self._clock(), [])
-        for outgoing, chunk in self._fusible(plan):
+        for outgoing, chunk in stores:
             if outgoing.peer is peer:
                 self._fuse(step, outgoing, chunk, slots, self._row_of(plan, chunk))
         if not step.stores:
@@ -233,17 +267,22 @@ class Producer:
         assert peer.link is not None and peer.link.remote_pool is not None
         return RemoteSlots(peer.link.remote_pool.tensor, slots)
 
-    def _fusible(self, plan: StepPlan) -> list[tuple[Outgoing, Chunk]]:
-        """Chunks of requests whose slots lie in a pool that kernels reach."""
+    def _reachable(self, plan: StepPlan) -> list[tuple[Outgoing, Chunk]]:
+        """Chunks of requests whose consumers have a pool that kernels reach."""
         found = []
         for chunk in plan.chunks:
             outgoing = self._outgoing.get(chunk.request.request_id)
-            if outgoing is None or not outgoing.hand_over.slots_known:
-                continue
-            link = outgoing.peer.link
-            if link is not None and link.remote_pool is not None:
+            link = None if outgoing is None else outgoing.peer.link
+            if outgoing is not None and link is not None and link.remote_pool is not None:
                 found.append((outgoing, chunk))
         return found
+
+    def _busiest(self, stores: Sequence[tuple[Outgoing, Chunk]]) -> Peer | None:
+        """To which most rows go."""
+        rows: dict[str, int] = {}  # by peer address
+        for outgoing, chunk in stores:
+            rows[outgoing.peer.address] = rows.get(outgoing.peer.address, 0) + chunk.length
+        return self._peers[max(rows, key=lambda address: rows[address])] if rows else None
 
     @staticmethod
     def _row_of(plan: StepPlan, chunk: Chunk) -> int:
@@ -455,6 +494,9 @@ class Producer:
         self._send(outgoing, outgoing.hand_over.link_ready())
 
     def _set_slots(self, outgoing: Outgoing, reserve: Reserve) -> None:
+        due_ns = outgoing.slots_due_ns
+        if due_ns is None or self._clock() <= due_ns:
+            outgoing.peer.punctual = True
         self._see_table(outgoing)
         self._send(outgoing, outgoing.hand_over.set_slots(reserve.first_block, reserve.blocks))
         self._commit_if_complete(outgoing)

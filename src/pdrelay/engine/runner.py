@@ -141,6 +141,6 @@ def _of_prompt(chunk: Chunk, logits: torch.Tensor) -> list[TokenLogprobs]:
     """Log-probabilities of prompt tokens `start + 1 ..`: row i predicts token start + i + 1."""
     request = chunk.request
     stop = min(chunk.start + chunk.length + 1, request.num_prompt_tokens)
-    targets = request.token_ids[chunk.start + 1 : stop]
+    targets = request.token_ids[chunk.start + 1 : stop].tolist()
     assert request.params.prompt_logprobs is not None
     return token_logprobs(logits[: len(targets)], targets, request.params.prompt_logprobs)

@@ -179,9 +179,8 @@ class StepPacker:
             position = np.arange(start, start + length, dtype=np.int64)
             slots = table[position // size] * size + position % size
             first, last = segment.start, segment.start + length
-            words[at.token_ids + first : at.token_ids + last] = request.token_ids[
-                start : start + length
-            ]
+            token_ids = np.frombuffer(request.token_ids[start : start + length], dtype=np.uint32)
+            words[at.token_ids + first : at.token_ids + last] = token_ids
             words[at.positions + first : at.positions + last] = position
             words[at.slots + first : at.slots + last] = slots
             entries[entry : entry + segment.table_len] = table[: segment.table_len]

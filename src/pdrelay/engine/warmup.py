@@ -14,6 +14,7 @@ from pdrelay.core.messages import EngineRequest
 from pdrelay.core.request import Request
 from pdrelay.core.sampling_params import SamplingParams
 from pdrelay.core.scheduler import Scheduler, SchedulerConfig, StepPlan
+from pdrelay.core.token_ids import pack_ids
 from pdrelay.engine.step import RemoteSlots, Runner
 
 _DECODE_STEPS = 4
@@ -79,7 +80,7 @@ def _request(length: int, vocab_size: int, temperature: float) -> Request:
     )
     source = EngineRequest(
         request_id=f"warm-up-{length}-{temperature:g}",
-        prompt_token_ids=[token % vocab_size for token in range(length)],
+        prompt_token_ids=pack_ids(token % vocab_size for token in range(length)),
         params=params,
         arrived_ns=0,
     )

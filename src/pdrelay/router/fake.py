@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from array import array
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 
@@ -49,7 +48,7 @@ _BYTES_PER_TOKEN = 1024
 
 def fake_token(request: EngineRequest, position: int) -> int:
     """A lower-case letter that depends on the prompt and the position alone."""
-    digest = zlib.crc32(array("I", request.prompt_token_ids).tobytes())
+    digest = zlib.crc32(request.prompt_token_ids.tobytes())
     return 97 + (digest + position * 7) % 26
 
 

@@ -1,8 +1,8 @@
 """The life of every request between the HTTP side and the engine instances.
 
     submit --Submit--------------> replica                    tokens 1..
-    submit --Prefill--> producer   token 1
-           \\-Expect---> consumer                              tokens 2..
+    submit --Expect---> consumer                              tokens 2..
+           \\-Prefill--> producer   token 1
 
 All state of a request is one `Flight`. Everything runs on one event loop; nothing waits.
 """
@@ -154,8 +154,10 @@ class Flow:
         ready = consumer.ready
         if ready is None:
             raise WorkerLostError(f"{consumer.instance} is gone; try again")
-        producer.send(Prefill(request, consumer.instance, ready.peer_address))
+        # The consumer first: the producer can store into its pages from the start if it knows the
+        # slots by then.
         consumer.send(Expect(request, producer.instance))
+        producer.send(Prefill(request, consumer.instance, ready.peer_address))
 
     def abort(self, request_id: str, reason: str) -> None:
         """The client is gone, or wants no more. Unknown ids are ignored."""

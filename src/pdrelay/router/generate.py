@@ -10,6 +10,7 @@ from aiohttp import HttpVersion11, web
 
 from pdrelay.core.clock import monotonic_ns
 from pdrelay.core.messages import EngineRequest
+from pdrelay.core.token_ids import pack_ids
 from pdrelay.errors import OverloadedError
 from pdrelay.model.chat_template import ChatTemplate
 from pdrelay.router.body import check_model, encode, read_body
@@ -170,10 +171,11 @@ class Generator:
     def _submit(
         self, response: Response, job: Job, response_id: str, client_id: str, arrived_ns: int
     ) -> None:
+        token_ids = [pack_ids(prompt.token_ids) for prompt in job.prompts]
         requests = [
             EngineRequest(
                 request_id=f"{response_id}-{i}",
-                prompt_token_ids=job.prompts[i // job.n].token_ids,
+                prompt_token_ids=token_ids[i // job.n],
                 params=job.params_of(i),
                 arrived_ns=arrived_ns,
                 cache_salt=job.cache_salt,
@@ -185,7 +187,7 @@ class Generator:
                 response,
                 i,
                 request_id=each.request_id,
-                prompt_token_ids=each.prompt_token_ids,
+                prompt_token_ids=job.prompts[i // job.n].token_ids,
                 prompt=job.prompts[i // job.n].text,
                 params=each.params,
                 options=job.options,

@@ -69,12 +69,23 @@ class HandOver:
     `transfer_id` and `room` are drawn here: nobody outside can guess another request's.
     """
 
-    def __init__(self, request: EngineRequest, producer: Caller) -> None:
+    def __init__(self, request: EngineRequest) -> None:
         self.request = request
-        self.producer = producer
+        self._producer: Caller | None = None
+        self.begun = asyncio.Event()  # the producer's leg
         self.transfer_id = secrets.token_hex(16)
         self.room = secrets.randbits(62)
         self.first: asyncio.Future[Piece] = asyncio.get_running_loop().create_future()
+
+    @property
+    def producer(self) -> Caller:
+        assert self._producer is not None, "no leg runs before both are known"
+        return self._producer
+
+    @producer.setter
+    def producer(self, producer: Caller) -> None:
+        assert self._producer is None
+        self._producer = producer
 
 
 class Style(Protocol):
@@ -86,22 +97,37 @@ class Style(Protocol):
 
 
 class HandOvers:
-    """Joins the flow's two messages, `Prefill` and then `Expect`, into one hand-over."""
+    """Joins the flow's two messages, `Expect` and `Prefill`, into one hand-over.
+
+    In either order, but the producer's leg begins first: everyone waits for its prefill. A
+    consumer's leg whose producer never gets a message waits until the flow aborts it.
+    """
 
     def __init__(self, style: Style) -> None:
         self._style = style
         self._running: weakref.WeakValueDictionary[str, HandOver] = weakref.WeakValueDictionary()
 
     def produce(self, request: EngineRequest, producer: Caller) -> Work:
-        hand_over = HandOver(request, producer)
-        self._running[request.request_id] = hand_over
-        return functools.partial(self._style.produce, hand_over)
+        hand_over = self._of(request)
+        hand_over.producer = producer
+        return functools.partial(self._produce, hand_over)
 
     def consume(self, request: EngineRequest, consumer: Caller) -> Work:
+        return functools.partial(self._consume, self._of(request), consumer)
+
+    def _of(self, request: EngineRequest) -> HandOver:
         hand_over = self._running.get(request.request_id)
         if hand_over is None:
-            raise WorkerLostError("the producer has given the request up; try again")
-        return functools.partial(self._style.consume, hand_over, consumer)
+            hand_over = self._running[request.request_id] = HandOver(request)
+        return hand_over
+
+    async def _produce(self, hand_over: HandOver) -> None:
+        hand_over.begun.set()
+        await self._style.produce(hand_over)
+
+    async def _consume(self, hand_over: HandOver, consumer: Caller) -> None:
+        await hand_over.begun.wait()
+        await self._style.consume(hand_over, consumer)
 
 
 # ---- vLLM

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pdrelay.core.messages import EngineRequest
+from pdrelay.core.token_ids import ID_BYTES
 
 
 @dataclass
@@ -45,8 +45,8 @@ class PrefixIndex:
         """One key a full block; the last token is always computed, so its block never counts."""
         tokens = request.prompt_token_ids
         num_blocks = min((len(tokens) - 1) // self._block_size, self._max_blocks)
-        raw = memoryview(array("I", tokens[: num_blocks * self._block_size]).tobytes())
-        step = self._block_size * array("I").itemsize
+        raw = memoryview(tokens[: num_blocks * self._block_size].tobytes())
+        step = self._block_size * ID_BYTES
         keys: list[bytes] = []
         parent = request.cache_salt.encode()
         for start in range(0, len(raw), step):

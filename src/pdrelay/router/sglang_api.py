@@ -78,7 +78,7 @@ def body(request: EngineRequest, leg: Leg) -> bytes:
     if params.client_seed and not params.greedy:
         sampling["sampling_seed"] = params.seed & _INT31
     fields: dict[str, Any] = {
-        "input_ids": request.prompt_token_ids,
+        "input_ids": request.prompt_token_ids.tolist(),
         "sampling_params": sampling,
         "stream": leg.stream,
     }

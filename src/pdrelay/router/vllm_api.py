@@ -69,9 +69,7 @@ def body(model: str, request: EngineRequest, leg: Leg) -> bytes:
     params = request.params
     fields: dict[str, Any] = {
         "model": model,
-        "prompt": [*request.prompt_token_ids, *leg.more_prompt]
-        if leg.more_prompt
-        else request.prompt_token_ids,
+        "prompt": [*request.prompt_token_ids.tolist(), *leg.more_prompt],
         "max_tokens": leg.max_tokens,
         "min_tokens": leg.min_tokens,
         "temperature": params.temperature,
