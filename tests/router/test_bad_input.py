@@ -24,6 +24,7 @@ BAD_COMPLETIONS = [
     ({"prompt": [1, "a"]}, "prompt"),
     ({"prompt": [1.5]}, "prompt"),
     ({"prompt": [-1]}, "prompt"),
+    ({"prompt": [1, 2**32]}, "prompt"),
     ({"prompt": [264]}, "prompt"),
     ({"prompt": [10**30]}, "prompt"),
     ({"prompt": [[1], "a"]}, "prompt"),
