@@ -204,9 +204,13 @@ class CudaDevice:
         launch = self._copier.prepare(source, target, moves, num_ctas=self._ctas(num_bytes))
         if after is not None:
             self._side.wait(after)
-        copy = self._side.timed(launch.enqueue)
+        copy = self._side.timed(partial(self._enqueue, launch))
         launch.ids.busy = copy
         return copy
+
+    def _enqueue(self, launch: Any) -> None:
+        launch.enqueue()
+        self.make_current()  # Triton's first launch leaves torch's own device current
 
     def _by_kernel(self, num_bytes: int, num_runs: int) -> bool:
         if self._copier is None or self.page_copies != "auto":
@@ -233,7 +237,9 @@ class CudaDevice:
             self.make_current()
             self._copier = PageCopier(self.ordinal, self._side.handle, self.driver)
         self.make_current()
-        ids = self._copier.launch(pool, pool, [PageMove(0, BlockPairs([0], [0]))])
+        launch = self._copier.prepare(pool, pool, [PageMove(0, BlockPairs([0], [0]))])
+        self._enqueue(launch)
+        ids = launch.ids
         ids.busy = self._side.record()
         ids.busy.wait()
 
