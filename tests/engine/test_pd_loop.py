@@ -10,6 +10,7 @@ from pd_harness import FrontDoor, Instance, socket_path
 from pd_transports import TRANSPORTS, TransportKit
 
 from pdrelay.core.events import EventKind
+from pdrelay.core.messages import Meet
 from pdrelay.engine.fake_runner import VOCAB_SIZE, expected_tokens
 
 PHASES = ["queued", "layer-0", "layer-1", "layer-2", "after-first-token", "decoding"]
@@ -94,6 +95,21 @@ def test_late_slots_do_not_hold_up_prefill(kit, order):
     door.relay(prefill, decode, address, request, order[1:])
     door.finish()
     assert door.seen["a"].tokens() == expected_tokens(range(30), 5)
+    door.settle()
+    door.drain()
+
+
+def test_a_pair_that_met_before_has_one_connection(kit):
+    prefill, decode, address = make_pair(kit)
+    door = FrontDoor(prefill, decode)
+    prefill.control.send(Meet("decode-9", address + ".nowhere"))  # not an error
+    prefill.control.send(Meet(decode.name, address))
+    for name in ("a", "b"):
+        door.relay(prefill, decode, address, door.request(name, list(range(20)), 4))
+        door.finish(name)
+        door.pump(lambda name=name: len(door.seen[name].tokens()) == 4)
+        assert door.seen[name].tokens() == expected_tokens(range(20), 4)
+    assert [peer.address for peer in prefill.producer._peers.values()] == [address]
     door.settle()
     door.drain()
 

@@ -8,7 +8,7 @@ import openai
 import pytest
 from router_harness import PD, REPLICA, FrontDoor, front_door, parse_sse, until
 
-from pdrelay.core.messages import Abort, Expect, Output, Prefill, Role, StepResult
+from pdrelay.core.messages import Abort, Expect, Meet, Output, Prefill, Role, StepResult
 from pdrelay.errors import WorkerLostError
 from pdrelay.router.config import RouterConfig
 
@@ -257,3 +257,16 @@ async def test_a_restarted_worker_has_no_prefix_cache() -> None:
         assert index.longest(keys) == ("replica-0", 192)
         front.clients["replica-0"].kill()
         assert index.longest(keys) is None
+
+
+async def test_producers_meet_consumers_before_prompts_come() -> None:
+    async with front_door(PD) as front:
+        await until(lambda: front.sent("prefill-0", Meet))
+        ready = front.clients["decode-0"].ready
+        assert ready is not None
+        assert front.sent("prefill-0", Meet) == [Meet("decode-0", ready.peer_address)]
+        assert not front.sent("decode-0", Meet)
+        status, _, _ = await front.post("/v1/completions", BODY)
+        assert status == 200
+    async with front_door(REPLICA) as front:
+        assert all(not front.sent(instance, Meet) for instance in front.clients)

@@ -59,6 +59,13 @@ class Prefill(msgspec.Struct, frozen=True, tag="prefill"):
     consumer_address: str  # path of the consumer's peer socket (a new one each incarnation)
 
 
+class Meet(msgspec.Struct, frozen=True, tag="meet"):
+    """Connect to `consumer` and prepare steps that store into its pages, before prompts come."""
+
+    consumer: str
+    consumer_address: str  # as in Prefill
+
+
 class Expect(msgspec.Struct, frozen=True, tag="expect"):
     """Reserve blocks here, take the KV from `producer`, decode from the second token on."""
 
@@ -81,7 +88,7 @@ class Drain(msgspec.Struct, frozen=True, tag="drain"):
     """Finish what runs, accept nothing new, exit 0 when idle."""
 
 
-ToWorker = Submit | Prefill | Expect | Abort | Ping | Drain
+ToWorker = Submit | Prefill | Meet | Expect | Abort | Ping | Drain
 
 
 # ---- rank 0 -> front door

@@ -23,6 +23,7 @@ from pdrelay.core.messages import (
     Abort,
     Drain,
     Expect,
+    Meet,
     Ping,
     Pong,
     Prefill,
@@ -163,6 +164,9 @@ class EngineLoop:
                 case Prefill():
                     assert self._producer is not None, "not a producer"
                     self._producer.prefill(message)
+                case Meet(consumer=consumer, consumer_address=address):
+                    assert self._producer is not None, "not a producer"
+                    self._producer.meet(consumer, address)
                 case Expect():
                     assert self._consumer is not None, "not a consumer"
                     self._consumer.expect(message)

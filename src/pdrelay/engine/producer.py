@@ -17,6 +17,7 @@ The loop's calls, in this order for each step, and each of them once a step:
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -210,6 +211,12 @@ class Producer:
         early = peer.early.pop(request.request_id, None)
         if early is not None:
             self._set_slots(outgoing, early)
+
+    def meet(self, consumer: str, address: str) -> None:
+        """Connect before prompts come. A consumer that cannot be reached is one for `prefill` to
+        report."""
+        with contextlib.suppress(OSError):
+            self._peer(consumer, address)
 
     def abort(self, request_id: str, reason: str) -> None:
         outgoing = self._outgoing.get(request_id)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pdrelay.core.messages import EngineRequest, Role
+from pdrelay.core.messages import EngineRequest, Meet, Role
 from pdrelay.errors import WorkerLostError
 from pdrelay.router.engine_client import EngineClient, Listener
 from pdrelay.router.policy import Load, PrefixAffinity, least_loaded
@@ -82,6 +83,8 @@ class Cluster:
     def attach(self, listener: Listener) -> None:
         for client in self.clients:
             client.attach(listener)
+        for consumer in self._consumers:  # `on_ready` introduces those that are ready later
+            self.introduce(consumer.instance)
 
     def sick(self) -> dict[str, str]:
         """Instance to reason, of those that are not alive."""
@@ -99,6 +102,18 @@ class Cluster:
             return Route(self.client(chosen))
         consumer = least_loaded(self._alive(self._consumers), self.load_of)
         return Route(self.client(chosen), self.client(consumer))
+
+    def introduce(self, instance: str) -> None:
+        """Producers connect to consumers as soon as both are there: what a connection needs made
+        (a GPU's graphs that store into the consumer's pages) is made before prompts come."""
+        for consumer in self._consumers:
+            ready = consumer.ready
+            if ready is None or not ready.peer_address:
+                continue
+            for producer in self._producers:
+                if producer.alive and instance in (consumer.instance, producer.instance):
+                    with contextlib.suppress(WorkerLostError):
+                        producer.send(Meet(consumer.instance, ready.peer_address))
 
     def _alive(self, clients: Sequence[EngineClient]) -> list[str]:
         alive = [client.instance for client in clients if client.alive]

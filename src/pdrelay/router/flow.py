@@ -171,7 +171,7 @@ class Flow:
     # ---- from the instances
 
     def on_ready(self, instance: str) -> None:
-        pass
+        self._cluster.introduce(instance)
 
     def on_lost(self, instance: str, reason: str) -> None:
         """Every request that the instance still worked on fails at once."""

@@ -29,6 +29,7 @@ from pdrelay.core.messages import (
     EngineRequest,
     Expect,
     Failure,
+    Meet,
     Ping,
     Prefill,
     Ready,
@@ -128,8 +129,8 @@ class HttpEngineClient:
                 call = self._calls.pop(request_id, None)
                 if call is not None:
                     call.cancel()
-            case Ping() | Drain():
-                pass  # the watch pings; the supervisor's signal drains
+            case Ping() | Drain() | Meet():
+                pass  # the watch pings; the supervisor's signal drains; engines connect themselves
 
     # ---- connection
 
