@@ -5,6 +5,7 @@ import re
 import shutil
 import statistics
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 
 import msgspec
 import pytest
@@ -18,6 +19,7 @@ from pdrelay.lab.report.joined import joined
 from pdrelay.lab.report.page import render
 from pdrelay.lab.report.phases import phases_of
 from pdrelay.lab.report.tables import print_summary
+from pdrelay.lab.report.transfers import transfer_of
 from pdrelay.lab.rundir import read_run
 
 
@@ -265,3 +267,11 @@ def test_tokens_read_at_once_are_flagged(tmp_path):
         record.chunk_ns = [t for t in record.chunk_ns[::2] for _ in range(2)]
     (flag,) = summarize(run).flags
     assert (flag.code, flag.case) == ("merged_reads", case.info.case)
+
+
+def test_what_kernels_stored_has_no_copy_rate(built):
+    run = read_run(built.report.parent)
+    case = run.select("ttft", "pd-1-1")[0]
+    transfer = transfer_of(run, next(iter(joined(run, case))))
+    assert transfer.was_copied
+    assert not replace(transfer, busy_ns=137).was_copied

@@ -297,7 +297,8 @@ class DeviceMappedLink:
         """A completed step's kernels stored `num_pages` pages of the transfer (`remote_pool`)."""
         with self._lock:
             outgoing = self._open.sending(transfer_id)
-            outgoing.meter.add(self._clock(), self._clock(), 0, 0)
+            now = self._clock()
+            outgoing.meter.add(now, now, 0, 0)
             meter = outgoing.meter
             meter.start_ns = min(meter.start_ns, start_ns)
             meter.num_bytes += num_pages * self._pages.layout.layer_block_bytes

@@ -225,7 +225,7 @@ class TransferRow(msgspec.Struct, kw_only=True):
     num_bytes: float
     num_pieces: float
     busy_ms: float
-    gb_per_s: float | None  # bytes over busy time
+    gb_per_s: float | None  # bytes over busy time, of what was copied
     wall_ms: float
     overlap: float | None  # share of the transfer's wall time that lies within prefill
     tail_ms: float  # transfer end after prefill end

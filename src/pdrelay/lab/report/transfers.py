@@ -15,6 +15,9 @@ from pdrelay.lab.rundir import EXPERIMENTS, Run
 from pdrelay.lab.topology import is_pd
 
 Check = Literal["matched", "wrong", "unverified"]
+# 1 TB/s, which no link between workers has: what seems faster was not copied, but stored by the
+# kernels that computed it, and has no busy time of its own.
+MOST_BYTES_PER_NS = 1000
 CACHED_BLOCKS_DETAIL = "first_block="  # in a RESERVED event: blocks the consumer had already
 
 
@@ -31,6 +34,10 @@ class Transfer:
     end_ns: int
     expected_bytes: int | None  # None: no layout in workers.json
     check: Check
+
+    @property
+    def was_copied(self) -> bool:
+        return self.busy_ns * MOST_BYTES_PER_NS >= self.num_bytes
 
     @property
     def wall_ns(self) -> int:
@@ -122,7 +129,8 @@ def _group(experiment: str, request: Joined) -> str:
 
 def _row(name: str, experiment: str, length: str, transfers: Sequence[Transfer]) -> TransferRow:
     overlaps = [o for o in map(prefill_overlap, transfers) if o is not None]
-    busy_ns = sum(t.busy_ns for t in transfers)
+    copied = [t for t in transfers if t.was_copied]
+    busy_ns = sum(t.busy_ns for t in copied)
     wrong = [t for t in transfers if t.check == "wrong"]
     if length == "mixed":
         lengths = [t.request.server.num_prompt_tokens for t in transfers]
@@ -136,7 +144,7 @@ def _row(name: str, experiment: str, length: str, transfers: Sequence[Transfer])
         num_bytes=statistics.median(t.num_bytes for t in transfers),
         num_pieces=statistics.median(t.num_pieces for t in transfers),
         busy_ms=statistics.median(t.busy_ns for t in transfers) / 1e6,
-        gb_per_s=sum(t.num_bytes for t in transfers) / busy_ns if busy_ns else None,
+        gb_per_s=sum(t.num_bytes for t in copied) / busy_ns if busy_ns else None,
         wall_ms=statistics.median(t.wall_ns for t in transfers) / 1e6,
         overlap=statistics.fmean(overlaps) if overlaps else None,
         tail_ms=statistics.median(map(tail_ns, transfers)) / 1e6,
