@@ -14,7 +14,8 @@ _MAX_QUOTE = 300  # characters
 _UNRECOGNISED = "unrecognised"
 
 # "(EngineCore pid=7) ERROR 11-24 11:17:24 [core.py:718] ", "[2025-09-17 16:23:13 TP1] ",
-# "[prefill-0.0] ", "[prefill-0] ", "prefill-1  | ": what loggers and launchers put before a message.
+# "[prefill-0.0] ", "[prefill-0] ", "prefill-1  | ": what loggers and launchers put before a
+# message.
 _COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _PREFIX = re.compile(
     r"(?:[\w.-]{1,64}\s{1,8}\| )?"
