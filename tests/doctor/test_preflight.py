@@ -353,7 +353,10 @@ def test_probe_of_packages_that_no_distribution_brought(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     sglang = probe_engine(sys.executable, "sglang")
     assert (sglang.version_of("sglang"), sglang.flags) == ("unknown", STREAM_FLAGS[1:])
+    assert sglang.modules == ()
+    (tmp_path / "flashinfer.py").write_text("raise ImportError")  # is not imported
     vllm = probe_engine(sys.executable, "vllm")
+    assert vllm.modules == ("flashinfer",)
     assert (vllm.version_of("vllm"), vllm.connectors) == ("unknown", ("NixlConnector",))
     assert vllm.version_of("sglang") is None
 

@@ -10,13 +10,14 @@ from fake_launcher import FakeLauncher
 from test_lab_run import TINY, config
 
 from pdrelay.core.events import Event, EventKind, RequestRecord
+from pdrelay.lab.gpu_watch import GpuWatch
 from pdrelay.lab.progress import SilentReporter
 from pdrelay.lab.report.build import build_report
 from pdrelay.lab.report.gpu import Spans, busy_spans, counters_under
 from pdrelay.lab.run import run_lab
-from pdrelay.lab.rundir import LaunchInfo, TopologyData
+from pdrelay.lab.rundir import LaunchInfo, TopologyData, WorkerInfo
 from pdrelay.telemetry.fake import FakeSource
-from pdrelay.telemetry.log import GpuRecord
+from pdrelay.telemetry.log import GpuRecord, read_gpu_record
 from pdrelay.telemetry.sample import GpuLog, GpuSample
 from pdrelay.telemetry.source import NoGpu
 
@@ -55,6 +56,18 @@ async def test_gpus_are_sampled_and_shown(tmp_path, monkeypatch):
     counters = [event for event in trace if event["ph"] == "C" and event["name"] == "SM"]
     assert {event["args"]["%"] for event in counters} == {90.0, 50.0}
     assert built.summary.timelines[0].counters
+
+
+def test_an_engine_of_several_processes_is_credited_with_its_own_gpus_only(tmp_path):
+    workers = [
+        WorkerInfo(instance=name, rank=rank, resolved={"gpus": own} if rank == 0 else {})
+        for name, own in (("prefill-0", "0"), ("decode-0", "1"))
+        for rank in range(3)  # processes: a server, its engine core, a resource tracker
+    ]
+    path = tmp_path / "gpu.jsonl"
+    watch = GpuWatch(FakeSource(), path, workers)
+    watch.stop()
+    assert read_gpu_record(path).log.instances == {"prefill-0": [0], "decode-0": [1]}
 
 
 async def test_without_a_gpu_the_report_says_so(tmp_path):

@@ -1,6 +1,7 @@
 """Stands in for the interpreter of an engine's environment (`--engine-python`).
 
-    -c CODE vllm ...         tells what it holds, as the launcher asks for it
+    -c CODE vllm ...         tells what it holds, as the launcher asks for it; STUB_VERSION and
+                             STUB_MODULES say which release and modules
     -m MODULE ARGS           runs the package's fake server; STUB_ENGINE says how it fares
 
 STUB_ENGINE: "" serves, "crash" prints a traceback and exits, "hang" never listens.
@@ -34,6 +35,7 @@ def main() -> int:
             "torch_cuda": "",
             "connectors": ["NixlConnector", *["P2pNcclConnector"] * version.startswith("0.23.")],
             "flags": flags[:1],
+            "modules": os.environ.get("STUB_MODULES", "").split(),
         }
         print(json.dumps(facts))
         return 0

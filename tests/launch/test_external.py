@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from pdrelay.doctor.engine_probe import EngineFacts
 from pdrelay.errors import ConfigError
-from pdrelay.launch.config import EngineConfig, ServeConfig
+from pdrelay.launch.config import EngineConfig, ExternalConfig, ServeConfig
 from pdrelay.launch.engine_version import engine_notes
+from pdrelay.launch.external import external_plan, make_driver
 from pdrelay.launch.external_driver import EnginePlan
 from pdrelay.launch.gpus import assign_gpus, visible_gpus, with_peers
 from pdrelay.launch.host import Host
@@ -152,6 +155,50 @@ def test_a_vllm_command_on_gpus(monkeypatch):
         assert command[0] == "/v/python"
         assert command[command.index("--gpu-memory-utilization") + 1] == "0.9"
         assert command[command.index("--dtype") + 1] == "bfloat16"
-        assert launch.control.ready.resolved["gpus"] == "1,0"
+        assert launch.control.ready.resolved["gpus"] == "1"  # its own; it sees both
+        assert "VLLM_USE_FLASHINFER_SAMPLER" not in process.env
         shared = replace(plan, gpus=dict.fromkeys(plan.gpus, "0"))
         assert shared.sharers(specs[0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("modules", "users", "device", "sampler"),
+    [
+        ("", None, "cuda", "0"),
+        ("", "1", "cuda", "1"),
+        ("flashinfer", None, "cuda", None),
+        ("", None, "cpu", None),
+    ],
+)
+def test_without_flashinfer_vllm_samples_by_itself(
+    tmp_path, monkeypatch, modules, users, device, sampler
+):
+    python = tmp_path / "python"
+    stub = Path(__file__).with_name("stub_engine_python.py")
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} {stub} "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setenv("STUB_MODULES", modules)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("VLLM_USE_FLASHINFER_SAMPLER", raising=False)
+    if users is not None:
+        monkeypatch.setenv("VLLM_USE_FLASHINFER_SAMPLER", users)
+    config = ServeConfig(
+        engine=EngineConfig("llama-3.1-8b", engine="vllm", device=device),
+        topology=PrefillDecode(1, 1),
+        external=ExternalConfig(engine_python=str(python)),
+    )
+    host = Host(8, 64 << 30, 64 << 30, 2, 4096, None)
+    with RunDir() as run_dir, contextlib.ExitStack() as stack:
+        plan = external_plan(config, host)
+        driver, lines = make_driver(plan, host, run_dir, stack)
+        for spec in plan.specs:
+            (process,) = driver.launch(spec, 0).processes
+            assert process.env.get("VLLM_USE_FLASHINFER_SAMPLER") == sampler
+    said = [line for line in lines if "VLLM_USE_FLASHINFER_SAMPLER=0" in line]
+    assert len(said) == (sampler == "0")
+
+
+def test_an_instance_over_two_gpus_reports_both_and_none_behind_them():
+    spec = instances(TensorParallel(2))[0]
+    with plan_on_two_gpus() as plan:
+        assert replace(plan, gpus={spec.instance: "4,7,9"}).own_gpus(spec) == "4,7"

@@ -10,7 +10,7 @@ from fake_nvml import FakeNvml
 
 from pdrelay.core.clock import FakeClock
 from pdrelay.errors import ConfigError
-from pdrelay.telemetry.assignment import BY_INDEX, BY_PLAN, NO_GPU, Worker, assign
+from pdrelay.telemetry.assignment import BY_INDEX, BY_LAUNCH, BY_PLAN, NO_GPU, Worker, assign
 from pdrelay.telemetry.fake import FakeSource
 from pdrelay.telemetry.log import read_gpu_record, write_missing
 from pdrelay.telemetry.nvml import NvmlSource, open_nvml, visible
@@ -121,6 +121,12 @@ GPUS = FakeSource(3).gpus
         ([{"device": "cuda"}, {}], 1, {"p": [0], "d": [1]}, BY_INDEX),
         ([{"device": "cuda:0"}, {"device": "cuda:2"}], 2, {"p": [0, 1], "d": [2, 0]}, BY_INDEX),
         ([{"device": "cpu"}, {"device": "cpu"}], 1, {}, NO_GPU),
+        ([{"gpus": "2"}, {"gpus": "0"}], 3, {"p": [2], "d": [0]}, BY_LAUNCH),
+        ([{"gpus": "0,1"}, {"gpus": "2"}], 1, {"p": [0, 1], "d": [2]}, BY_LAUNCH),
+        ([{"gpus": "1"}, {"gpus": "1"}], 1, {"p": [1], "d": [1]}, BY_LAUNCH),
+        ([{"gpus": "GPU-FAKE"}, {"gpus": "0"}], 1, {"p": [0], "d": [1]}, BY_INDEX),
+        ([{"gpus": "7"}, {"gpus": "0"}], 1, {"p": [0], "d": [1]}, BY_INDEX),
+        ([{"gpus": "2"}, {}], 1, {"p": [0], "d": [1]}, BY_INDEX),
     ],
 )
 def test_assignment(resolved, ranks, expected, how):

@@ -14,19 +14,24 @@ _MAX_QUOTE = 300  # characters
 _UNRECOGNISED = "unrecognised"
 
 # "(EngineCore pid=7) ERROR 11-24 11:17:24 [core.py:718] ", "[2025-09-17 16:23:13 TP1] ",
-# "[prefill-0.0] ", "prefill-1  | ": what loggers and launchers put before a message.
+# "[prefill-0.0] ", "[prefill-0] ", "prefill-1  | ": what loggers and launchers put before a
+# message.
 _COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _PREFIX = re.compile(
     r"(?:[\w.-]{1,64}\s{1,8}\| )?"
-    r"(?:\[[\w-]+\.\d+\] )?"
+    r"(?:\[[\w-]+[.-]\d+\] )?"
     r"(?:\([^()]{1,80}\bpid=\d+\)\s?)*"
     r"(?:(?:DEBUG|INFO|WARNING|ERROR|CRITICAL)\s+\d\d-\d\d \d\d:\d\d:\d\d "
     r"(?:\[?[^\]\s]{1,200}\] ?)?)?"
     r"(?:\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[^\]]{0,60}\] ?)?"
 )
 _QUIET = re.compile(r"\b(?:DEBUG|INFO)\b")
-# Attempts of torch over IPv6 that it gave up; uvicorn's lines.
-_OTHERS_QUIET = re.compile(r"(?:\[rank\d+\]:)?\[[IW]\d{4} |INFO:\s")
+_WARNING = re.compile(r"\bWARNING\b")
+_TRACEBACK = "Traceback (most recent call last):"
+# Attempts of torch over IPv6 that it gave up; uvicorn's lines; what pdrelay said of this log.
+_OTHERS_QUIET = re.compile(
+    r"(?:\[rank\d+\]:)?\[[IW]\d{4} |INFO:\s|pdrelay: error: worker .* its log says: "
+)
 _SOURCE_FILE = re.compile(r'\s*File ".*", line \d+')
 _VERSION = re.compile(
     r"(?:LLM engine \(v|vLLM API server version |\bversion |sglang==)(\d+\.\d+[\w.]*)"
@@ -81,17 +86,24 @@ def explain(findings: Sequence[Finding]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Log:
-    lines: list[str]  # without their loggers' prefixes
+    # Without their loggers' prefixes; blank where they are of a traceback that was logged as a
+    # warning: its process went on.
+    lines: list[str]
     quiet: frozenset[int]  # indices of messages below the level WARNING
     quoted: frozenset[int]  # of files and source that tracebacks quote
 
 
 def _parse(text: str) -> _Log:
     lines, quiet, quoted = [], set(), set()
+    warned: set[str] = set()  # prefixes of the messages that warn with a traceback
     in_source = False
     for index, raw in enumerate(_COLOURS.sub("", text).splitlines()):
         prefix = _PREFIX.match(raw)
         line = raw[prefix.end() :] if prefix else raw
+        if prefix and line.startswith(_TRACEBACK) and _WARNING.search(prefix[0]):
+            warned.add(prefix[0])
+        if prefix and prefix[0] in warned:
+            line = ""
         lines.append(line)
         if (prefix and _QUIET.search(prefix[0])) or _OTHERS_QUIET.match(line):
             quiet.add(index)

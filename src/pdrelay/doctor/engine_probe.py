@@ -26,6 +26,7 @@ _PACKAGES = (
     "transformers",
     "pdrelay",
 )
+_MODULES = ("flashinfer",)  # without which the engine takes other kernels
 
 # Names of options that depend on the version, newest first.
 STREAM_FLAGS = ("--incremental-streaming-output", "--stream-output")  # only new tokens in streams
@@ -34,7 +35,7 @@ STREAM_FLAGS = ("--incremental-streaming-output", "--stream-output")  # only new
 _SCRIPT = """
 import importlib.metadata as metadata, importlib.util, json, pathlib, re, sys
 sys.path = [path for path in sys.path if path]
-engine, packages, flags = sys.argv[1], sys.argv[2].split(), sys.argv[3].split()
+engine, (packages, flags, modules) = sys.argv[1], [text.split() for text in sys.argv[2:5]]
 versions, requires = {}, []
 for name in packages:
     try:
@@ -63,6 +64,7 @@ print(json.dumps({
     "torch_cuda": cuda.group(1) if cuda else "",
     "connectors": re.findall(r"register_connector\\(\\s*[\\"'](\\w+)[\\"']", factory),
     "flags": [flag for flag in flags if '"' + flag + '"' in options],
+    "modules": [name for name in modules if importlib.util.find_spec(name) is not None],
 }))
 """
 
@@ -78,6 +80,7 @@ class EngineFacts:
     torch_cuda: str = ""  # "13.0"; "" for a CPU build
     connectors: tuple[str, ...] = ()  # the names that this vLLM registers
     flags: tuple[str, ...] = ()  # which of STREAM_FLAGS this SGLang takes
+    modules: tuple[str, ...] = ()  # of "flashinfer", which it can import
     error: str = ""
 
     def version_of(self, engine: str) -> str | None:
@@ -95,13 +98,20 @@ class _Answer(msgspec.Struct):
     torch_cuda: str
     connectors: list[str]
     flags: list[str]
+    modules: list[str]
 
 
 def probe_engine(executable: str, engine: str, deadline_s: float = _DEADLINE_S) -> EngineFacts:
     """Ask `executable` (a Python); never raises. The deadline is in seconds."""
     try:
         result = subprocess.run(
-            [executable, "-c", _SCRIPT, engine, " ".join(_PACKAGES), " ".join(STREAM_FLAGS)],
+            [
+                executable,
+                "-c",
+                _SCRIPT,
+                engine,
+                *map(" ".join, (_PACKAGES, STREAM_FLAGS, _MODULES)),
+            ],
             capture_output=True,
             text=True,
             timeout=deadline_s,
@@ -125,8 +135,8 @@ def parse_answer(executable: str, output: str) -> EngineFacts:
     except msgspec.DecodeError:
         return EngineFacts(executable, error="it is no Python, or its start-up prints something")
     values: dict[str, Any] = msgspec.structs.asdict(answer)
-    lists = {"connectors": tuple(answer.connectors), "flags": tuple(answer.flags)}
-    return EngineFacts(executable, **{**values, **lists})
+    values = {key: tuple(each) if isinstance(each, list) else each for key, each in values.items()}
+    return EngineFacts(executable, **values)
 
 
 def pinned_version(requirement: str) -> str | None:

@@ -388,6 +388,16 @@ GPU_RULES = (
         "reinstall the engine in a fresh environment, with the torch that it asks for",
     ),
     Rule(
+        "flashinfer_missing",
+        r"No module named 'flashinfer",
+        "vLLM samples with FlashInfer's kernels by default and the engine's Python has no "
+        "flashinfer",
+        "set VLLM_USE_FLASHINFER_SAMPLER=0 in the environment of the instances, or install the "
+        "flashinfer-python that this vLLM asks for",
+        near=r"flashinfer_sampler_supported|topk_topp_sampler",
+        engines=("vllm",),
+    ),
+    Rule(
         "no_kernel_image",
         r"no kernel image is available for execution|CUDA capability sm_\d+ is not compatible",
         "torch or the engine has no kernels for this GPU",

@@ -103,11 +103,13 @@ def make_driver(
         gpus=_gpus(config, plan.specs, host) if resolved.device == "cuda" else {},
         engine_flags=facts.flags[:1],
         api_key=secrets.token_urlsafe(24),
+        has_flashinfer="flashinfer" in facts.modules,
     )
     lines = [f"engine: {engine} {version} ({python})"]
     lines += engine_notes(engine, facts, resolved.transport)
     lines += [f"{name}: {VARIABLE}={gpus}" for name, gpus in engine_plan.gpus.items()]
-    return VllmDriver(engine_plan) if engine == "vllm" else SglangDriver(engine_plan), lines
+    driver = VllmDriver(engine_plan) if engine == "vllm" else SglangDriver(engine_plan)
+    return driver, lines + driver.notes()
 
 
 def describe_external(plan: Plan) -> list[str]:

@@ -42,12 +42,17 @@ class EnginePlan:
     gpus: Mapping[str, str]  # CUDA_VISIBLE_DEVICES by instance; empty on CPU
     engine_flags: tuple[str, ...] = ()  # that this version of it knows
     api_key: str = ""  # between front door and instances
+    has_flashinfer: bool = True  # in the engine's environment
 
     @property
     def engine(self) -> EngineName:
         engine = self.config.engine.engine
         assert engine != "native"
         return engine
+
+    def own_gpus(self, spec: InstanceSpec) -> str:
+        """Those that the instance computes on: the first of what it sees, one a rank."""
+        return ",".join(self.gpus[spec.instance].split(",")[: spec.world_size])
 
     def sharers(self, spec: InstanceSpec) -> int:
         """How many instances compute on this one's (first) GPU, itself included."""
@@ -68,6 +73,10 @@ class ExternalDriver:
 
     def environment(self, spec: InstanceSpec) -> dict[str, str]:
         raise NotImplementedError
+
+    def notes(self) -> list[str]:
+        """What it sets for want of something in the environment, one line each."""
+        return []
 
     def endpoint(
         self, spec: InstanceSpec, incarnation: int, ready: Ready, url: str
@@ -104,7 +113,7 @@ class ExternalDriver:
         plan = self.plan
         resolved = {"engine": plan.engine, "engine_version": plan.version}
         if plan.gpus:
-            resolved["gpus"] = plan.gpus[spec.instance]
+            resolved["gpus"] = plan.own_gpus(spec)
         if spec.role is not Role.BOTH:
             resolved["connector"] = plan.resolved.transport
         return Ready(

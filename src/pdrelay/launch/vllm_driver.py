@@ -29,6 +29,7 @@ _KV_ROLES = {Role.PREFILL: "kv_producer", Role.DECODE: "kv_consumer"}
 _LEASE_S = 30
 _KEEP_ALIVE_S = "75"  # idle connections of the front door are not to be cut under it
 _CPU_KV_GIB = "1"
+_FLASHINFER_SAMPLER = "VLLM_USE_FLASHINFER_SAMPLER"
 
 
 class VllmDriver(ExternalDriver):
@@ -93,6 +94,8 @@ class VllmDriver(ExternalDriver):
             env |= self._cpu_environment()
         else:
             env["VLLM_ALLREDUCE_USE_SYMM_MEM"] = os.environ.get("VLLM_ALLREDUCE_USE_SYMM_MEM", "0")
+            if self._own_sampler():
+                env[_FLASHINFER_SAMPLER] = "0"
         if spec.role is not Role.BOTH and plan.resolved.transport == "nixl":
             env["VLLM_NIXL_SIDE_CHANNEL_HOST"] = "127.0.0.1"
             env["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(plan.ports.port(f"{spec.instance}.nixl"))
@@ -100,6 +103,19 @@ class VllmDriver(ExternalDriver):
         inherited = os.environ.get("PYTHONPATH")
         env["PYTHONPATH"] = ":".join(filter(None, [import_path(plan.run_dir), inherited]))
         return env
+
+    def _own_sampler(self) -> bool:
+        """Whether vLLM has to be told not to import FlashInfer, which it does by default."""
+        on_gpu = self.plan.resolved.device == "cuda"
+        return on_gpu and not self.plan.has_flashinfer and _FLASHINFER_SAMPLER not in os.environ
+
+    def notes(self) -> list[str]:
+        if not self._own_sampler():
+            return []
+        return [
+            f"this environment has no flashinfer: {_FLASHINFER_SAMPLER}=0, vLLM samples with "
+            "kernels of its own"
+        ]
 
     def _cpu_environment(self) -> dict[str, str]:
         defaults = {
