@@ -525,7 +525,8 @@ def transfers_section(summary: Summary) -> Markup:
                 "Medians over the transfers. Busy is time inside copies or socket calls, GB/s is "
                 "bytes over busy time of what was copied: pages that the kernels of prefill stored "
                 "into the consumer's memory cost no time of their own. Wall is first piece to "
-                "verified. The check compares bytes moved with whole blocks of the prompt less those that the consumer had cached."
+                "verified. The check compares bytes moved with whole blocks of the prompt less "
+                "those that the consumer had cached."
             ),
             table(head, rows, text_columns=3),
             *(el("p", text, class_="bad") for text in wrong),
