@@ -59,8 +59,8 @@ from pdrelay.engine.kernels.triton.norm import add_rms_norm
 from pdrelay.engine.kernels.triton.rope import rope_write_kv
 from pdrelay.engine.kernels.triton.sample import ArgmaxWorkspace, argmax_rows, draw_rows
 from pdrelay.engine.kernels.triton.split_rule import (
-    LEAST_PART,
     SHARES_PER_SM,
+    least_part,
     most_extra_parts,
 )
 from pdrelay.errors import LaunchError
@@ -564,7 +564,7 @@ UNEVEN: dict[str, list[int]] = {
 def uneven_variants(splits: int) -> Iterator[tuple[str, int, int | None, int, int]]:
     """(name, splits, stages, least tiles of a part, shares an SM); 0 tiles: no extra parts."""
     yield "*rule", splits, None, 0, 2
-    yield "*rule+", splits, None, LEAST_PART, SHARES_PER_SM
+    yield "*rule+", splits, None, least_part(splits), SHARES_PER_SM
     if SMOKE:
         return
     for stages in (2, 3, 4, 7):

@@ -133,6 +133,7 @@ def test_the_pipeline_fits_shared_memory(head_dim):
     assert pipeline_stages(32 * 8, 1, 128, 2, 132) == 7
     assert pipeline_stages(64 * 8, 1, 128, 2, 132) == 2
     assert pipeline_stages(64, 8, 128, 2, 132) == 3
+    assert pipeline_stages(16 * 8 * 2, 2, 128, 2, 132) == 7
 
 
 def test_waves():
@@ -140,8 +141,9 @@ def test_waves():
     assert not fills_waves(133, 132) and not fills_waves(192, 132) and not fills_waves(100, 132)
 
 
-def plain_extra_parts(seq_lens, num_splits, num_kv_heads, num_sms, least=16, shares=2):
+def plain_extra_parts(seq_lens, num_splits, num_kv_heads, num_sms, shares=2):
     """(most tiles of a part, [(row, part)]), written out."""
+    least = 16 if num_splits == 1 else 8
     tiles = [-(-length // 64) for length in seq_lens]
     limit = max(least, -(-sum(tiles) * num_kv_heads // (shares * num_sms)))
     named = []

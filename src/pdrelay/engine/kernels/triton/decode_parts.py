@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 
 from pdrelay.engine.kernels.triton.split_rule import (
-    LEAST_PART,
     MAX_SPLITS,
     SHARES_PER_SM,
     TILE,
+    least_part,
     most_extra_parts,
 )
 
@@ -32,12 +32,13 @@ def extra_parts(
     num_kv_heads: int,
     num_sms: int,
     *,
-    least: int = LEAST_PART,
+    least: int | None = None,
     shares: int = SHARES_PER_SM,
 ) -> torch.Tensor:
     """int32 [HEADER + slots] for `paged_decode` of these `seq_lens`, int32 [B], 0 for padding rows.
 
-    Entry: row * MAX_SPLITS + part, part >= `num_splits`. One launch on the current stream.
+    Entry: row * MAX_SPLITS + part, part >= `num_splits`. `least` tiles a part: by `least_part`
+    unless given. One launch on the current stream.
     """
     assert seq_lens.dtype == torch.int32 and seq_lens.is_contiguous()
     assert shares <= SHARES_PER_SM
@@ -50,7 +51,7 @@ def extra_parts(
         batch,
         num_kv_heads,
         shares * num_sms,
-        LEAST=least,
+        LEAST=least_part(num_splits) if least is None else least,
         TILE=TILE,
         SPLITS=num_splits,
         MAX_SPLITS=MAX_SPLITS,
