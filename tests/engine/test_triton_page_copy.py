@@ -38,6 +38,13 @@ def random_words(num_words, size, seed):
     return data.to(torch.uint8).view({8: torch.int64, 4: torch.int32}[size]).to(DEVICE)
 
 
+def launched(copier, source, target, moves, **options):
+    """Enqueue, and the list of pages that the launch reads."""
+    launch = copier.prepare(source, target, moves, **options)
+    launch.enqueue()
+    return launch.ids
+
+
 @pytest.mark.parametrize("page_bytes", [4, 8, 12, 96, 1000, 1024, 4096, 33 * 1024, 65536])
 @pytest.mark.parametrize(("num_ctas", "chunk_bytes"), [(1, 1024), (3, 1024), (16, 32 << 10)])
 def test_pages_are_copied_and_nothing_else_changes(page_bytes, num_ctas, chunk_bytes):
@@ -135,7 +142,7 @@ class KernelDevice(HostDevice):
         moves = list(moves)
 
         def operation():
-            self.copier.launch(source, target, moves, num_ctas=3)
+            launched(self.copier, source, target, moves, num_ctas=3)
             return True
 
         self._put(self._side, operation)
@@ -252,13 +259,13 @@ def test_lists_of_pages_in_use_are_not_overwritten():
     pool = PagePool(layout, memory.ctypes.data)
     copier = PageCopier(None)
     del copier._ids[1:]
-    first = copier.launch(pool, pool, [PageMove(0, BlockPairs([1], [1]))])
+    first = launched(copier, pool, pool, [PageMove(0, BlockPairs([1], [1]))])
     first.busy = Pending()
     kept = first.array[:2].copy()
-    second = copier.launch(pool, pool, [PageMove(0, BlockPairs([2], [2]))])
+    second = launched(copier, pool, pool, [PageMove(0, BlockPairs([2], [2]))])
     assert second is not first and np.array_equal(first.array[:2], kept)
     first.busy.reached = True
-    assert copier.launch(pool, pool, [PageMove(0, BlockPairs([3], [3]))]) is first
+    assert launched(copier, pool, pool, [PageMove(0, BlockPairs([3], [3]))]) is first
 
 
 def test_the_list_that_was_used_longest_ago_is_next_and_long_lists_come_as_needed():
@@ -306,9 +313,9 @@ def test_what_is_compiled_is_launched_by_addresses_on_the_stream():
     copier._compiled[plan, True, True] = kernel
     pairs = BlockPairs([1, 2], [5, 4])
     moves = [PageMove(layer, pairs) for layer in (0, 2)]
-    ids = copier.launch(pool, pool, moves, num_ctas=3)
+    ids = launched(copier, pool, pool, moves, num_ctas=3)
     assert ids.array[:6].tolist() == [0, 2, 1, 2, 5, 4]
     assert kernel.launches == [((3, 1, 1), 77, (2, 2, 8, 8, 4, plan.words, plan.chunk))]
-    copier.launch(odd, pool, moves, num_ctas=3)  # compiled for another alignment: not this one
+    launched(copier, odd, pool, moves, num_ctas=3)  # compiled for another alignment: not this one
     assert len(kernel.launches) == 1
     copier.close()

@@ -229,19 +229,17 @@ class CudaDevice:
     def prepare_page_copies(self, pool: PagePool) -> None:
         if self.page_copies == "driver":
             return
+        self.make_current()
         if self._copier is None:
             try:
                 from pdrelay.transport.cuda.page_copy import PageCopier
             except ImportError:  # no Triton: the driver copies
                 return
-            self.make_current()
             self._copier = PageCopier(self.ordinal, self._side.handle, self.driver)
-        self.make_current()
         launch = self._copier.prepare(pool, pool, [PageMove(0, BlockPairs([0], [0]))])
         self._enqueue(launch)
-        ids = launch.ids
-        ids.busy = self._side.record()
-        ids.busy.wait()
+        launch.ids.busy = done = self._side.record()
+        done.wait()
 
     @property
     def batched(self) -> bool:

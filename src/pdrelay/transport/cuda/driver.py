@@ -222,18 +222,16 @@ class Driver:
         self._check("cuEventRecord", self._record(event, stream))
 
     def query(self, event: int) -> bool:
-        result = self._query(event)
-        if result == _NOT_READY:
-            return False
-        self._check("cuEventQuery", result)
-        return True
+        return self._over("cuEventQuery", self._query(event))
 
     def idle(self, stream: int) -> bool:
         """Whether everything that was put on the stream is complete."""
-        result = self._stream_query(stream)
+        return self._over("cuStreamQuery", self._stream_query(stream))
+
+    def _over(self, name: str, result: int) -> bool:
         if result == _NOT_READY:
             return False
-        self._check("cuStreamQuery", result)
+        self._check(name, result)
         return True
 
     def synchronize(self, event: int) -> None:

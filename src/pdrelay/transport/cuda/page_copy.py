@@ -141,7 +141,6 @@ class PageCopier:
         moves: Sequence[PageMove],
         *,
         num_ctas: int = DEFAULT_CTAS,
-        chunk_bytes: int = CHUNK_BYTES,
     ) -> PageLaunch:
         """All but the enqueueing of a launch. One is prepared at a time."""
         page_bytes = source.layout.layer_block_bytes
@@ -153,22 +152,8 @@ class PageCopier:
             return ids[0].array[:num_ids]
 
         num_layers, num_pairs = page_list(source, target, moves, room)
-        plan = chunk_plan(page_bytes, chunk_bytes)
+        plan = chunk_plan(page_bytes)
         return PageLaunch(self, source, target, ids[0], num_layers, num_pairs, plan, num_ctas)
-
-    def launch(
-        self,
-        source: PagePool,
-        target: PagePool,
-        moves: Sequence[PageMove],
-        *,
-        num_ctas: int = DEFAULT_CTAS,
-        chunk_bytes: int = CHUNK_BYTES,
-    ) -> _Ids:
-        """Enqueue. The caller sets `busy` of what this returns to an event behind the launch."""
-        launch = self.prepare(source, target, moves, num_ctas=num_ctas, chunk_bytes=chunk_bytes)
-        launch.enqueue()
-        return launch.ids
 
     def enqueue(self, launch: PageLaunch) -> None:
         """Upload the list and launch."""
