@@ -67,7 +67,7 @@ def test_the_kernel_copies_between_separate_tensors(form, monkeypatch):
         np.concatenate([grids[0].pages(layer, src) for layer in range(2)]).tolist(),
         np.concatenate([grids[1].pages(layer, dst) for layer in range(2)]).tolist(),
     )
-    PageCopier(None).launch(grids[0].pool, grids[1].pool, [PageMove(0, pairs)])
+    PageCopier(None).prepare(grids[0].pool, grids[1].pool, [PageMove(0, pairs)]).enqueue()
     shape = (2, NUM_BLOCKS, PAGE) if form == "split" else (1, NUM_BLOCKS, 2 * PAGE)
     expected = np.zeros_like(backing)
     for layer, start in enumerate((4 * size, size)):
