@@ -16,16 +16,9 @@ from pdrelay.core.kv_layout import contiguous_runs
 from pdrelay.errors import PdrelayError, ProtocolError
 from pdrelay.transport.device import DevicePages, DeviceStream, Run
 from pdrelay.transport.incoming import IncomingTransfers
+from pdrelay.transport.nccl_end import Ended, NcclEnd
 from pdrelay.transport.nccl_library import NcclLibrary
-from pdrelay.transport.nccl_wire import (
-    STAGING_BYTES,
-    Announce,
-    Ended,
-    Join,
-    Joining,
-    NcclEnd,
-    NcclMessage,
-)
+from pdrelay.transport.nccl_wire import STAGING_BYTES, Announce, NcclMessage
 
 
 class NcclReceiver:
@@ -101,12 +94,9 @@ class NcclReceiver:
             self._offered = None
 
     def _join(self) -> None:
-        message = self._end.hear(timeout=False)
+        unique_id = self._end.hear_join()
         self._let_go()
-        if not isinstance(message, Join):
-            raise ProtocolError("no greeting")
-        self._end.say(Joining())
-        self._end.join(message.unique_id, 1)
+        self._end.answer(unique_id)
 
     def _take(self, message: Announce, stream: DeviceStream) -> None:
         """Receive one announced piece, and place it if it is still wanted."""

@@ -10,16 +10,9 @@ from pdrelay.core.clock import Clock
 from pdrelay.core.kv_layout import contiguous_runs
 from pdrelay.errors import TransportError
 from pdrelay.transport.device import DevicePages, DeviceStream
+from pdrelay.transport.nccl_end import Ended, NcclEnd
 from pdrelay.transport.nccl_library import NcclLibrary
-from pdrelay.transport.nccl_wire import (
-    STAGING_BYTES,
-    Announce,
-    Ended,
-    Join,
-    Joining,
-    NcclEnd,
-    NcclMessage,
-)
+from pdrelay.transport.nccl_wire import STAGING_BYTES, Announce, NcclMessage
 from pdrelay.transport.news import Bell
 from pdrelay.transport.queued_link import LinkClosed, QueuedLink, QueuedPiece
 
@@ -64,7 +57,7 @@ class NcclLink(QueuedLink):
         device.make_current()
         stream = device.stream()
         try:
-            self._join()
+            self._end.greet()
             while True:
                 self._send_piece(self._next_piece(self._end.channel.fileno()), stream)
         except Ended:
@@ -74,13 +67,6 @@ class NcclLink(QueuedLink):
         finally:
             if self._end.close():
                 stream.close()
-
-    def _join(self) -> None:
-        unique_id = self._end.library.unique_id()
-        self._end.say(Join(unique_id))
-        if not isinstance(self._end.hear(timeout=True), Joining):
-            raise TransportError("the consumer does not follow the protocol")
-        self._end.join(unique_id, 0)
 
     def _send_piece(self, piece: QueuedPiece, stream: DeviceStream) -> None:
         """In parts that fit the consumer's staging memory."""
