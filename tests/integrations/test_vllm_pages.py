@@ -118,7 +118,8 @@ def test_pages_move_through_shared_memory(name):
     fill(mine, 1)
     fill(theirs, 100)
     before = {key: cache.clone() for key, cache in theirs.items()}
-    handles, fds = consumer.handles()
+    offer = consumer.offer()
+    handles, fds = offer.handles, offer.fds
     writer = producer.open(d_layout, handles, [os.dup(fd) for fd in fds])
     src, dst = [5, 6, 7, 0, 63], [100, 101, 9, 10, 127]
     for layer in range(LAYERS):
@@ -140,7 +141,8 @@ def test_runs_are_copied_at_once():
     make, _ = CACHES["one_allocation"]
     layout, storages, _ = describe(make(BLOCKS), num_blocks=BLOCKS, block_size=SIZE)
     consumer = cpu_pages(layout, storages, share=True)
-    handles, fds = consumer.handles()
+    offer = consumer.offer()
+    handles, fds = offer.handles, offer.fds
     writer = consumer.open(layout, handles, [os.dup(fds[0])])
     assert writer.write([Move(0, [1, 2, 3, 9], [11, 12, 13, 14])]) == 2
     writer.close()

@@ -41,7 +41,7 @@ def consumer(form: str) -> None:
     caches = caches_of(form, 2 * BLOCKS)
     layout, storages, _ = describe(caches, num_blocks=2 * BLOCKS, block_size=SIZE)
     pages = create_pages("auto", layout, storages, share=True)
-    hello = Hello(layout, pages.handles()[0])
+    hello = Hello(layout, pages.offer().handles)
     print(msgspec.json.encode(hello).decode(), flush=True)
     sys.stdin.readline()  # the producer's fence has passed
     axis = 1 if form == "split" else 0

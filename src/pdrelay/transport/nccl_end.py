@@ -1,9 +1,9 @@
 """One end of a NCCL communicator of two, with the control channel beside it, and waits that end.
 
-    producer's end                   consumer's end
-    greet(): Join(unique_id)   ->    hear_join()
-                               <-    answer(): Joining()
-    both make the communicator; what else they say is the transport's matter
+producer's end                   consumer's end
+greet(): Join(unique_id)   ->    hear_join()
+                           <-    answer(): Joining()
+both make the communicator; what else they say is the transport's matter
 """
 
 from __future__ import annotations
@@ -180,10 +180,11 @@ class NcclEnd(Generic[M]):
     def _timeout_ms(self) -> float:
         return self._timeout_s * 1e3
 
-    def idle(self) -> None:
-        """Wait for a message, `nudge` or `end`, without a deadline; messages are kept."""
+    def idle(self, *, due: bool = False) -> None:
+        """Wait for a message, `nudge` or `end`; messages are kept. `due`: a message has to come,
+        or TransportError is raised at the deadline; else there is none."""
         if not self._inbox:
-            self._poll(None)
+            self._poll(self._timeout_ms() if due else None)
             self._inbox += self.channel.receive()
             if self.channel.closed:
                 raise Ended

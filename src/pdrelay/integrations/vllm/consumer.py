@@ -32,7 +32,7 @@ from pdrelay.integrations.vllm.messages import (
     Refused,
     Welcome,
 )
-from pdrelay.integrations.vllm.pages import Pages
+from pdrelay.integrations.vllm.pages import Offer, Pages
 from pdrelay.integrations.vllm.stats import HandOverStats
 from pdrelay.integrations.vllm.step import Interest, Load, StepPlan
 
@@ -47,7 +47,8 @@ class Source:
 
     address: str  # of the producer's rank 0
     channel: Channel[FromProducer]
-    renew_ns: int = 0  # when its leases are renewed next
+    offer: Offer  # of our pages to it
+    renew_ns: int  # when its leases are renewed next
     refusal: str = ""
 
 
@@ -130,6 +131,7 @@ class Consumer:
     def close(self) -> None:
         for source in self._sources.values():
             source.channel.close()
+            source.offer.close()
         self._sources.clear()
 
     # ---- loads
@@ -191,9 +193,13 @@ class Consumer:
             source = None
         if source is None:
             sock = connect_to_own(rank_address(address, self._rank))
-            source = Source(address, Channel(sock, FromProducer))
-            source.renew_ns = self._clock() + self._renewal_ns
-            handles, fds = self._pages.handles()
+            channel: Channel[FromProducer] = Channel(sock, FromProducer)
+            try:
+                offer = self._pages.offer()
+            except TransportError:
+                channel.close()
+                raise
+            source = Source(address, channel, offer, self._clock() + self._renewal_ns)
             hello = Hello(
                 protocol=PROTOCOL,
                 instance=self._instance,
@@ -201,9 +207,10 @@ class Consumer:
                 num_ranks=self._num_ranks,
                 transport=self._pages.transport,
                 layout=self._pages.layout,
-                handles=handles,
+                handles=offer.handles,
             )
-            source.channel.send(hello, fds)
+            channel.send(hello, offer.fds)
+            offer.passed_on()
             self._sources[address] = source
         return source
 
@@ -263,6 +270,7 @@ class Consumer:
         if self._sources.get(source.address) is source:
             del self._sources[source.address]
         source.channel.close()
+        source.offer.close()
         reason = source.refusal or "the producer is gone"
         for incoming in list(self._incoming.values()):
             if incoming.source is source:

@@ -17,7 +17,7 @@ from pdrelay.core.kv_layout import contiguous_runs
 from pdrelay.errors import TransportError
 from pdrelay.integrations.vllm.page_grid import page_grid
 from pdrelay.integrations.vllm.page_layout import LayerLayout, PageLayout
-from pdrelay.integrations.vllm.pages import Fence, Move, PassedFence
+from pdrelay.integrations.vllm.pages import Fence, Move, PassedFence, StandingOffer
 from pdrelay.transport.device import BlockPairs, Copy, Device, Event, PageMove, Run
 
 Blocks = npt.NDArray[np.int64]
@@ -70,12 +70,12 @@ class DeviceKVPages:
         self.written: Event | None = None  # behind the KV that may be read
         self.last_copy: Copy | None = None  # the side stream is in order: behind all others
 
-    def handles(self) -> tuple[list[bytes], tuple[int, ...]]:
+    def offer(self) -> StandingOffer:
         shared = [
             SharedRegion(region.handle, region.allocation_bytes, region.offset)
             for region in self._regions
         ]
-        return [msgspec.msgpack.encode(region) for region in shared], ()
+        return StandingOffer([msgspec.msgpack.encode(region) for region in shared])
 
     def open(self, layout: PageLayout, handles: list[bytes], fds: Sequence[int]) -> DeviceWriter:
         if fds:

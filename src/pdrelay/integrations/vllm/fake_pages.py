@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from pdrelay.errors import TransportError
 from pdrelay.integrations.vllm.page_layout import LayerLayout, PageLayout, Plane
-from pdrelay.integrations.vllm.pages import Move
+from pdrelay.integrations.vllm.pages import Move, StandingOffer
 
 PAGE_BYTES = 8
 
@@ -76,8 +76,8 @@ class FakePages:
         self._handle = str(len(world.pages)).encode()
         world.pages[self._handle] = self
 
-    def handles(self) -> tuple[list[bytes], tuple[int, ...]]:
-        return [self._handle], ()
+    def offer(self) -> StandingOffer:
+        return StandingOffer([self._handle])
 
     def open(self, layout: PageLayout, handles: list[bytes], fds: Sequence[int]) -> FakeWriter:
         target = self._world.pages.get(handles[0]) if handles else None

@@ -17,10 +17,11 @@ class Fence(Protocol):
     """A point in a writer's work."""
 
     def done(self) -> bool:
-        """Whether everything written before it has landed. Never blocks."""
+        """Whether everything written before it has landed. Never blocks. Raises TransportError
+        when it never will; then nothing is stored any more."""
 
     def wait(self) -> None:
-        """Block until `done`, without holding the interpreter's lock."""
+        """Block until `done` would not say False, without holding the interpreter's lock."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,38 @@ class PageWriter(Protocol):
         """Let go of the consumer's pages. All fences are done by then."""
 
 
+class Offer(Protocol):
+    """A consumer's pages, as one producer may reach them."""
+
+    @property
+    def handles(self) -> list[bytes]: ...
+
+    @property
+    def fds(self) -> tuple[int, ...]: ...
+
+    def passed_on(self) -> None:
+        """The file descriptors have been sent to the producer."""
+
+    def close(self) -> None:
+        """The producer has ended: when this returns, nothing more is stored by way of this offer.
+        Idempotent."""
+
+
+@dataclass(frozen=True)
+class StandingOffer:
+    """Handles and descriptors that hold as long as the pages do. What a producer stores by them
+    ends with it."""
+
+    handles: list[bytes]
+    fds: tuple[int, ...] = ()
+
+    def passed_on(self) -> None:
+        return
+
+    def close(self) -> None:
+        return
+
+
 class Pages(Protocol):
     """One rank's registered KV cache."""
 
@@ -54,8 +87,8 @@ class Pages(Protocol):
     layout: PageLayout
     batch_bytes: int  # what makes a submission worth its cost; 0: every layer by itself
 
-    def handles(self) -> tuple[list[bytes], tuple[int, ...]]:
-        """What a producer's `open` needs; the file descriptors stay open here."""
+    def offer(self) -> Offer:
+        """What one producer's `open` needs. Raises TransportError."""
 
     def open(self, layout: PageLayout, handles: list[bytes], fds: Sequence[int]) -> PageWriter:
         """Reach a consumer's pages. Takes over `fds`. Raises TransportError."""

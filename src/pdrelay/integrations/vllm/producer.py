@@ -210,7 +210,7 @@ class Producer:
         for link in list(self._links):
             self._read(link)
         for outgoing in list(self._closing):
-            if outgoing.fence is None or outgoing.fence.done():
+            if self._landed(outgoing):
                 self._end(outgoing)
         self._expire(self._clock())
         for link in list(self._links):
@@ -384,6 +384,8 @@ class Producer:
                 outgoing.num_pieces += link.writer.write(moves)
             except TransportError as error:
                 self._give_up(outgoing, f"the producer cannot store: {error}")
+                if not link.channel.closed:
+                    self._refuse_link(link, error)
                 return
             self.stats.num_bytes += num_bytes
             outgoing.start_ns = outgoing.start_ns or start_ns
@@ -418,10 +420,25 @@ class Producer:
         link = outgoing.link
         if link is not None and link.writer is not None and outgoing.num_pieces:
             outgoing.fence = link.writer.fence()
-        if outgoing.fence is None or outgoing.fence.done():
+        if self._landed(outgoing):
             self._end(outgoing)
         else:
             self._closing.append(outgoing)
+
+    def _landed(self, outgoing: Outgoing) -> bool:
+        """Whether all that was stored has landed, or never will: then its consumer is refused,
+        which also ends what may still be on its way there."""
+        if outgoing.fence is None:
+            return True
+        try:
+            return outgoing.fence.done()
+        except TransportError as error:
+            if isinstance(outgoing.verdict, Done):
+                self.stats.num_failed += 1
+                outgoing.verdict = Failed(outgoing.transfer_id, str(error))
+            if outgoing.link is not None and not outgoing.link.channel.closed:
+                self._refuse_link(outgoing.link, error)
+            return True
 
     def _end(self, outgoing: Outgoing) -> None:
         verdict, link = outgoing.verdict, outgoing.link

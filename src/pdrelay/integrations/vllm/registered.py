@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ from pdrelay.integrations.vllm.page_layout import LayerLayout, PageLayout, layer
 from pdrelay.integrations.vllm.pages import Pages
 from pdrelay.integrations.vllm.shm_pages import Bytes, SharedMemoryPages
 from pdrelay.transport.pages import anonymous_file
+
+if TYPE_CHECKING:
+    from pdrelay.transport.cuda.device import CudaDevice
 
 _MIN_SHARED_BYTES = 1 << 20
 _MAP_FIXED = 0x10  # linux/mman.h
@@ -77,9 +81,11 @@ def create_pages(
         return cpu_pages(layout, storages, share=share)
     if transport == "cuda_ipc" and device == "cuda":
         return cuda_pages(layout, storages)
+    if transport == "nccl" and device == "cuda":
+        return nccl_pages(layout, storages)
     raise ConfigError(
         f"PdrelayConnector cannot move a KV cache on {device} by transport {transport!r}: leave "
-        'it at "auto", which is "shm" on CPUs and "cuda_ipc" on GPUs'
+        'it at "auto", which is "shm" on CPUs and "cuda_ipc" on GPUs, where "nccl" works, too'
     )
 
 
@@ -102,17 +108,39 @@ def cuda_pages(layout: PageLayout, storages: list[torch.UntypedStorage]) -> Page
             "start vLLM without sleep mode and without expandable_segments in "
             "PYTORCH_CUDA_ALLOC_CONF"
         ) from error
-
-    def on_compute_stream() -> None:
-        device.compute_stream = torch.cuda.current_stream(ordinal).cuda_stream
-
     return DeviceKVPages(
         layout,
         device,
         regions,
         bind_thread=device.make_current,
-        on_compute_stream=on_compute_stream,
+        on_compute_stream=lambda: _follow_torch(device),
     )
+
+
+def nccl_pages(layout: PageLayout, storages: list[torch.UntypedStorage]) -> Pages:
+    """Pages of tensors on this process's GPU. Raises ConfigError without a NCCL library."""
+    from pdrelay.integrations.vllm.nccl_pages import NcclKVPages
+    from pdrelay.transport.cuda.device import CudaDevice
+    from pdrelay.transport.nccl_library import load_nccl
+
+    ordinal = storages[0].device.index or 0
+    try:
+        device, library = CudaDevice(ordinal), load_nccl()
+    except TransportError as error:
+        raise ConfigError(f'transport "nccl" of PdrelayConnector: {error}') from error
+    return NcclKVPages(
+        layout,
+        device,
+        [storage.data_ptr() for storage in storages],
+        library,
+        lambda: CudaDevice(ordinal),
+        on_compute_stream=lambda: _follow_torch(device),
+    )
+
+
+def _follow_torch(device: CudaDevice) -> None:
+    """The engine launches on torch's current stream."""
+    device.compute_stream = torch.cuda.current_stream(device.ordinal).cuda_stream
 
 
 def share_in_place(storages: list[torch.UntypedStorage]) -> tuple[int, list[int]]:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from pdrelay.core.kv_layout import contiguous_runs
 from pdrelay.errors import TransportError
 from pdrelay.integrations.vllm.page_layout import PageLayout, Plane
-from pdrelay.integrations.vllm.pages import Move, PassedFence
+from pdrelay.integrations.vllm.pages import Move, PassedFence, StandingOffer
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -51,9 +51,10 @@ class SharedMemoryPages:
         self._fd = fd
         self._region_starts = region_starts
 
-    def handles(self) -> tuple[list[bytes], tuple[int, ...]]:
+    def offer(self) -> StandingOffer:
         assert self._fd is not None, "only a consumer's pages are shared"
-        return [str(start).encode() for start in self._region_starts], (self._fd,)
+        handles = [str(start).encode() for start in self._region_starts]
+        return StandingOffer(handles, (self._fd,))
 
     def open(
         self, layout: PageLayout, handles: list[bytes], fds: Sequence[int]
