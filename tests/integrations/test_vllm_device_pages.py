@@ -2,70 +2,32 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
+from device_memory import SPLIT, TOGETHER, DeviceMemory
 from hand_over_kit import BLOCK_SIZE, LAYERS, Kit, prompt_of
 
-from pdrelay.core.kv_layout import KVLayout
 from pdrelay.errors import TransportError
 from pdrelay.integrations.vllm.device_pages import DeviceKVPages, Region, layer_runs
-from pdrelay.integrations.vllm.page_layout import LayerLayout, PageLayout, Plane
+from pdrelay.integrations.vllm.page_layout import LayerLayout, Plane
 from pdrelay.integrations.vllm.step import Chunk, StepPlan, prompt_digest
-from pdrelay.transport.host_device import HostDevice, HostFabric, HostPages
+from pdrelay.transport.host_device import HostFabric
 
 PROMPT = prompt_of(1, 14)
 P_BLOCKS, D_BLOCKS = [9, 3, 4, 20], [60, 61, 50, 7]
-SPLIT, TOGETHER = "split", "together"
 
 
-class Rank:
-    """A fake device's memory with vLLM's pages in it. `array`: `[layers, blocks, 2, 32]` uint8
-    (together), or `[layers, 2, blocks, 32]` (split)."""
+class Rank(DeviceMemory):
+    """Whose pages a peer opens."""
 
     def __init__(self, fabric: HostFabric, num_blocks: int, form: str, *, manual: bool) -> None:
-        self.device = HostDevice(fabric, manual=manual)
-        raw = KVLayout(
-            num_layers=LAYERS,
-            num_blocks=num_blocks,
-            block_size=BLOCK_SIZE,
-            num_kv_heads=1,
-            head_dim=2,
-            dtype="float32",
-        )
-        self.memory = HostPages.create(raw, self.device)
-        size = raw.layer_block_bytes // 2  # one of K and V
-        layers = []
-        for i in range(LAYERS):
-            start = i * num_blocks * 2 * size
-            if form == SPLIT:
-                planes = tuple(Plane(start + k * num_blocks * size, size, size) for k in range(2))
-            else:
-                planes = (Plane(start, 2 * size, 2 * size),)
-            layers.append(LayerLayout(f"l{i}", 0, form, planes))
-        self.layout = PageLayout(num_blocks, BLOCK_SIZE, (raw.total_bytes,), tuple(layers))
-        region = Region(self.memory.address, self.memory.ipc_handle(), raw.total_bytes, 0)
+        super().__init__(fabric, num_blocks, form, manual=manual)
+        total = self.memory.layout.total_bytes
+        region = Region(self.memory.address, self.memory.ipc_handle(), total, 0)
         self.bound = 0
         self.pages = DeviceKVPages(self.layout, self.device, [region], bind_thread=self.bind)
-        self._blocks_first = form == TOGETHER
-        flat = self.memory.array.reshape(-1)
-        self.array = (
-            flat.reshape(LAYERS, num_blocks, 2, size)
-            if self._blocks_first
-            else flat.reshape(LAYERS, 2, num_blocks, size)
-        )
 
     def bind(self) -> None:
         self.bound += 1
-
-    def blocks(self, layer: int, ids: list[int]) -> np.ndarray:
-        chosen = self.array[layer]
-        return chosen[ids] if self._blocks_first else chosen[:, ids]
-
-    def write(self, layer: int, ids: list[int], value: int) -> None:
-        if self._blocks_first:
-            self.array[layer, ids] = value
-        else:
-            self.array[layer][:, ids] = value
 
 
 class DeviceKit(Kit):
