@@ -160,7 +160,10 @@ def test_modes(change, level):
 def test_blocked_peer_access_names_the_pair_and_another_transport():
     facts = replace(FACTS, gpus=replace(TWO, links=(Link(0, 1, peer_access=False, path="SYS"),)))
     check = named(check_gpus(ASK, facts), "GPU links")
-    assert check.level is Level.WARNING and "GPUs 0 and 1" in check.cause and "tcp" in check.fix
+    assert check.level is Level.WARNING and "GPUs 0 and 1" in check.cause
+    assert "--connector pdrelay-nccl" in check.fix
+    native = named(check_gpus(replace(ASK, engine="native"), facts), "GPU links")
+    assert "--transport nccl or tcp" in native.fix
     unknown = replace(FACTS, gpus=replace(TWO, links=(Link(0, 1),)))
     assert named(check_gpus(ASK, unknown), "GPU links").level is Level.NOTE
 

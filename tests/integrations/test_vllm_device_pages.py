@@ -193,3 +193,12 @@ def test_on_a_gpu_pages_move_between_processes():
     from vllm_gpu_pages import move_between_processes
 
     move_between_processes()
+
+
+def test_on_two_gpus_pages_move_by_nccl():
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available() or torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs: NCCL refuses one for both ranks")
+    from vllm_gpu_pages import move_between_processes
+
+    move_between_processes("nccl", gpu=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
 import sys
 from dataclasses import replace
@@ -138,6 +139,12 @@ def plan_on_two_gpus():
         )
 
 
+def connector_config_of(command: list[str]) -> dict[str, str]:
+    transfer = json.loads(command[command.index("--kv-transfer-config") + 1])
+    assert transfer["kv_connector"] == "PdrelayConnector"
+    return transfer["kv_connector_extra_config"]
+
+
 def test_a_vllm_command_on_gpus(monkeypatch):
     monkeypatch.setenv("VLLM_API_KEY", "the user's")
     monkeypatch.setenv("NCCL_NVLS_ENABLE", "2")
@@ -157,6 +164,12 @@ def test_a_vllm_command_on_gpus(monkeypatch):
         assert command[command.index("--dtype") + 1] == "bfloat16"
         assert launch.control.ready.resolved["gpus"] == "1"  # its own; it sees both
         assert "VLLM_USE_FLASHINFER_SAMPLER" not in process.env
+        assert "transport" not in connector_config_of(command)
+        over_nccl = replace(plan, resolved=replace(plan.resolved, transport="pdrelay-nccl"))
+        command = list(VllmDriver(over_nccl).launch(specs[1], 0).processes[0].command)
+        assert connector_config_of(command)["transport"] == "nccl"
+        producer = VllmDriver(over_nccl).launch(specs[0], 0).control
+        assert producer.producer_address
         shared = replace(plan, gpus=dict.fromkeys(plan.gpus, "0"))
         assert shared.sharers(specs[0]) == 2
 

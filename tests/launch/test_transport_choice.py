@@ -11,7 +11,7 @@ from pdrelay.launch.config import EngineConfig, ServeConfig, TransportConfig
 from pdrelay.launch.host import Host
 from pdrelay.launch.resolve import ResolvedConfig, resolve
 from pdrelay.launch.topology import PrefillDecode, gpu_of, instances
-from pdrelay.launch.transport_choice import settle_transport
+from pdrelay.launch.transport_choice import settle_connector, settle_transport
 from pdrelay.model.config import load_model_config
 from pdrelay.transport.choose import GpuPair, GpuProbe
 
@@ -79,3 +79,30 @@ def test_nccl_on_cpu_is_refused_before_any_process_starts():
 def test_gpus_in_topology_order_and_over_again():
     specs = instances(PrefillDecode(2, 2))
     assert [gpu_of(spec, 0, 3) for spec in specs] == [0, 1, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("probe", "expected", "words"),
+    [
+        (GpuProbe([GpuPair(0, 1, True, True)]), "pdrelay", ""),
+        (GpuProbe([GpuPair(0, 1, False, False)], nccl_error="no"), "pdrelay-nccl", "peer access"),
+        (GpuProbe([GpuPair(0, 1, True, True)], ipc_error="seccomp"), "pdrelay-nccl", "seccomp"),
+    ],
+)
+def test_vllms_connector_goes_over_nccl_where_memory_cannot_be_shared(probe, expected, words):
+    specs = instances(PrefillDecode(1, 1))
+    found = settle_connector(resolved("pdrelay"), specs, lambda ordinals: probe)
+    assert found.transport == expected
+    assert words in "".join(found.notes[1:])
+
+
+def test_a_connector_is_not_chosen_on_cpu_or_for_others():
+    specs = instances(PrefillDecode(1, 1))
+    for changes in ({"transport": "nixl"}, {"transport": "pdrelay", "num_gpus": 0}):
+        assert settle_connector(resolved(**changes), specs, never) == resolved(**changes)
+
+    def hangs(ordinals):
+        raise TransportError("no answer")
+
+    found = settle_connector(resolved("pdrelay"), specs, hangs)
+    assert found.transport == "pdrelay" and "unchecked: no answer" in found.notes[-1]

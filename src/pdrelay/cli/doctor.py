@@ -26,7 +26,12 @@ examples:
   pdrelay doctor --engine vllm --engine-python venv/bin/python --prefill 1 --decode 1
   pdrelay doctor --log prefill.log --log decode.log
 """
-_CONNECTORS = {"auto": "", "pdrelay": "PdrelayConnector", "nixl": "NixlConnector"}
+_CONNECTORS = {
+    "auto": "",
+    "pdrelay": "PdrelayConnector",
+    "pdrelay-nccl": "PdrelayConnector",
+    "nixl": "NixlConnector",
+}
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

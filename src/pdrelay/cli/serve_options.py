@@ -177,8 +177,8 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option(
             "connector",
             text,
-            "how their KV moves: auto (default), pdrelay or nixl with vllm, nixl or mooncake with "
-            "sglang",
+            "how their KV moves: auto (default); with vllm pdrelay, pdrelay-nccl (GPUs without "
+            "peer access) or nixl; with sglang nixl or mooncake",
             "NAME",
         ),
         Option(

@@ -163,6 +163,14 @@ def check_links(ask: Ask, facts: Facts) -> list[Check]:
     return [ok("GPU links", f"peer access between all; {_describe_links(facts, used)}")]
 
 
+# What needs no peer access.
+_AROUND = {
+    "native": "--transport nccl or tcp",
+    "vllm": "--connector pdrelay-nccl",
+    "sglang": "--connector nixl",
+}
+
+
 def _blocked(ask: Ask, link: Link) -> Check:
     pair = f"GPUs {link.a} and {link.b}"
     via = f" (path {link.path})" if link.path else ""
@@ -170,7 +178,8 @@ def _blocked(ask: Ask, link: Link) -> Check:
         return warning(
             "GPU links",
             f"{pair} have no peer access{via}: KV cannot be stored straight into the other's pages",
-            "use --transport tcp, or choose a pair that 'nvidia-smi topo -p2p r' shows as OK",
+            f"use {_AROUND[ask.engine]}, or choose a pair that 'nvidia-smi topo -p2p "
+            "r' shows as OK",
         )
     return warning(
         "GPU links",

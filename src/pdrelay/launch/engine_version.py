@@ -54,8 +54,8 @@ def _lacks(version: str, facts: EngineFacts, connector: str) -> list[str]:
     notes = []
     if facts.connectors and "P2pNcclConnector" not in facts.connectors:
         notes.append(
-            f"vLLM {version} has no P2pNcclConnector (removed in 0.24): --connector pdrelay "
-            "replaces it"
+            f"vLLM {version} has no P2pNcclConnector (removed in 0.24): --connector pdrelay, or "
+            "pdrelay-nccl, replaces it"
         )
     if connector == "nixl" and not any(name.startswith("nixl") for name in facts.versions):
         notes.append(

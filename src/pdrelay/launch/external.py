@@ -26,6 +26,7 @@ from pdrelay.launch.run_dir import RunDir
 from pdrelay.launch.sglang_driver import OWNED as SGLANG_OWNED
 from pdrelay.launch.sglang_driver import SglangDriver
 from pdrelay.launch.topology import InstanceSpec, PrefillDecode, instances
+from pdrelay.launch.transport_choice import settle_connector
 from pdrelay.launch.vllm_driver import OWNED as VLLM_OWNED
 from pdrelay.launch.vllm_driver import VllmDriver
 from pdrelay.model.config import is_built_in
@@ -44,6 +45,8 @@ def external_plan(config: ServeConfig, host: Host) -> Plan:
     specs = instances(config.topology)
     if resolved.device == "cuda" and not config.external.attach:
         _gpus(config, specs, host)
+        if config.external.connector == "auto":
+            resolved = settle_connector(resolved, specs)
     return Plan(config, model, resolved, specs)
 
 

@@ -15,7 +15,7 @@ from pdrelay.launch.resolve import (
 from pdrelay.launch.topology import PrefillDecode, num_ranks, tensor_parallel_size
 from pdrelay.model.config import ModelConfig, is_built_in
 
-VLLM_CONNECTORS = ("pdrelay", "nixl")
+VLLM_CONNECTORS = ("pdrelay", "pdrelay-nccl", "nixl")
 SGLANG_BACKENDS = ("nixl", "mooncake", "ascend", "fake")
 _BLOCK_TOKENS = 16  # for bytes a token only: the engine chooses its own block size
 
@@ -52,7 +52,7 @@ def resolve_external(config: ServeConfig, model: ModelConfig, host: Host) -> Res
         num_gpus=host.num_gpus if device == "cuda" else 0,
         gpu_memory_utilization=engine.gpu_memory_utilization,
         num_threads=_num_threads(config, host),
-        transport=_connector(config, notes),
+        transport=_connector(config, device, notes),
         served_model_name=config.served_model_name or default_model_name(engine.model),
         weights_bytes=num_parameters(model) * (4 if dtype == "float32" else 2) // tp_size,
         notes=tuple(notes),
@@ -83,8 +83,8 @@ def _max_model_len(config: ServeConfig, model: ModelConfig, notes: list[str]) ->
     return asked
 
 
-def _connector(config: ServeConfig, notes: list[str]) -> str:
-    """Of P/D topologies; "" for others. Raises ConfigError for an unknown one."""
+def _connector(config: ServeConfig, device: str, notes: list[str]) -> str:
+    """Of P/D topologies; "" for others. Raises ConfigError for one that cannot be."""
     if not isinstance(config.topology, PrefillDecode):
         return ""
     asked = config.external.connector
@@ -95,12 +95,17 @@ def _connector(config: ServeConfig, notes: list[str]) -> str:
         return chosen
     if asked in ("p2p-nccl", "P2pNcclConnector"):
         raise ConfigError(
-            "P2pNcclConnector was removed in vLLM 0.24: use --connector pdrelay, or nixl"
+            "P2pNcclConnector was removed in vLLM 0.24: use --connector pdrelay, which stores into "
+            "the other GPU's memory, or pdrelay-nccl, or nixl"
         )
     if asked not in known:
         raise ConfigError(
             f"--connector {asked!r} is unknown to {config.engine.engine}: use one of "
             f"auto, {', '.join(known)}"
+        )
+    if asked == "pdrelay-nccl" and device == "cpu":
+        raise ConfigError(
+            "--connector pdrelay-nccl moves KV between GPUs: on CPU, leave --connector at auto"
         )
     return asked
 

@@ -66,14 +66,14 @@ class VllmDriver(ExternalDriver):
         role = _KV_ROLES[spec.role]
         if self.plan.resolved.transport == "nixl":
             return {"kv_connector": "NixlConnector", "kv_role": role}
+        extra = {"address": self._address(spec, incarnation), "lease_s": _LEASE_S}
+        if self.plan.resolved.transport == "pdrelay-nccl":
+            extra["transport"] = "nccl"
         return {
             "kv_connector": "PdrelayConnector",
             "kv_connector_module_path": "pdrelay.integrations.vllm",
             "kv_role": role,
-            "kv_connector_extra_config": {
-                "address": self._address(spec, incarnation),
-                "lease_s": _LEASE_S,
-            },
+            "kv_connector_extra_config": extra,
         }
 
     def _address(self, spec: InstanceSpec, incarnation: int) -> str:
@@ -128,7 +128,8 @@ class VllmDriver(ExternalDriver):
     def endpoint(
         self, spec: InstanceSpec, incarnation: int, ready: Ready, url: str
     ) -> HttpEndpoint:
-        produces = spec.role is Role.PREFILL and self.plan.resolved.transport == "pdrelay"
+        own = self.plan.resolved.transport in ("pdrelay", "pdrelay-nccl")
+        produces = own and spec.role is Role.PREFILL
         return HttpEndpoint(
             engine="vllm",
             url=url,
