@@ -37,6 +37,7 @@ import triton.language as tl
 
 from pdrelay.engine.attention import AttentionShape
 from pdrelay.engine.attention.fa3 import Fa3Paged, load_fa3
+from pdrelay.engine.kernels.decode_cut import DecodeCut
 from pdrelay.engine.kernels.gpu import gathered_prefill
 from pdrelay.engine.kernels.triton.activation import silu_mul
 from pdrelay.engine.kernels.triton.attention_decode import (
@@ -465,10 +466,11 @@ def bench_decode(bench: Bench) -> None:
         wanted = functools.cache(functools.partial(decode_reference, q, kv, tables[0], context))
         for splits, stages, fused, pdl in decode_variants(batch, context):
             name = f"S{splits}s{stages}" + ("" if fused else "-2k") + ("" if pdl else "-nopdl")
+            cut = DecodeCut(splits)
             options = {"fused": fused, "stages": stages, "pdl": pdl}
             calls: list[Call] = [
                 functools.partial(
-                    paged_decode, q, kv, t, lens, DIM**-0.5, out, workspace, splits, **options
+                    paged_decode, q, kv, t, lens, DIM**-0.5, out, workspace, cut, **options
                 )
                 for t in tables * (1 if sets > 4 else 4)
             ]
@@ -605,12 +607,11 @@ def bench_uneven(bench: Bench) -> None:
                 extras = extra_parts(
                     lens, splits, KV_HEADS, num_sms(DEVICE), least=least, shares=shares
                 )
+            cut = DecodeCut(splits, extras)
             options = {"stages": stages, "pdl": not SMOKE}
             calls: list[Call] = [
                 functools.partial(
-                    paged_decode,
-                    *(q, kv, t, lens, DIM**-0.5, out, workspace, splits, extras),
-                    **options,
+                    paged_decode, q, kv, t, lens, DIM**-0.5, out, workspace, cut, **options
                 )
                 for t in tables
             ]
@@ -645,20 +646,21 @@ def paged_decode_rows(bench: Bench, fa3: Fa3Paged | None) -> None:
         wanted = functools.cache(
             functools.partial(decode_reference, q, kv, tables[0, :, :width], context)
         )
-        splits = split_rule(batch, KV_HEADS, tables.shape[2] * BLOCK, num_sms(DEVICE))
+        cut = DecodeCut(split_rule(batch, KV_HEADS, tables.shape[2] * BLOCK, num_sms(DEVICE)))
         for name in ("triton", "*fa3"):
             calls: list[Call] = []
             if name == "triton":
-                options = {"num_splits": splits, "pdl": not SMOKE}
                 calls = [
                     functools.partial(
-                        paged_decode, q, kv, t, lens, DIM**-0.5, out, workspace, **options
+                        paged_decode,
+                        *(q, kv, t, lens, DIM**-0.5, out, workspace, cut),
+                        pdl=not SMOKE,
                     )
                     for t in tables
                 ]
             elif fa3 is not None:
                 calls = [
-                    functools.partial(fa3.paged_decode, q, kv, t, lens, DIM**-0.5, out, 0, None)
+                    functools.partial(fa3.paged_decode, q, kv, t, lens, DIM**-0.5, out, cut)
                     for t in tables
                 ]
             if calls:
@@ -810,7 +812,7 @@ class ChainStep:
         self._slot = torch.tensor([context - 1], device=DEVICE)
         self._rope = randn(context, DIM, dtype=torch.float32)
         self._workspace = DecodeWorkspace(1, HEADS, DIM, DEVICE)
-        self._splits = split_rule(1, KV_HEADS, 8192, num_sms(DEVICE))
+        self._cut = DecodeCut(split_rule(1, KV_HEADS, 8192, num_sms(DEVICE)))
         self._start = randn(1, HIDDEN)
         self._residuals = [torch.empty_like(self._start) for _ in range(2)]
         self._token = torch.empty(1, dtype=torch.int64, device=DEVICE)
@@ -820,7 +822,7 @@ class ChainStep:
         kv = self._kv[layer]
         q = rope_write_kv(qkv, self._slot, self._slot, self._rope, None, None, EPS, kv, pdl=pdl)
         return paged_decode(
-            q, kv, self._table, self._lens, DIM**-0.5, None, self._workspace, self._splits, pdl=pdl
+            q, kv, self._table, self._lens, DIM**-0.5, None, self._workspace, self._cut, pdl=pdl
         )
 
     def run(self, tunings: ChainTunings, pdl: bool) -> None:
