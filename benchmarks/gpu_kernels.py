@@ -58,12 +58,13 @@ from pdrelay.engine.kernels.triton.linear_small import (
 )
 from pdrelay.engine.kernels.triton.norm import add_rms_norm
 from pdrelay.engine.kernels.triton.rope import rope_write_kv
-from pdrelay.engine.kernels.triton.sample import ArgmaxWorkspace, argmax_rows, draw_rows
+from pdrelay.engine.kernels.triton.sample import ArgmaxWorkspace, argmax_rows
 from pdrelay.engine.kernels.triton.split_rule import (
     SHARES_PER_SM,
     least_part,
     most_extra_parts,
 )
+from pdrelay.engine.sampler import draw
 from pdrelay.errors import LaunchError
 
 DEVICE = torch.device("cpu" if SMOKE or COMPILING else "cuda")
@@ -737,18 +738,17 @@ def bench_sample(bench: Bench) -> None:
         )
         torch_call = functools.partial(logits.argmax, dim=-1)
         bench.try_variant("argmax", case, "*torch", [torch_call] * 8, bytes=size)
-        ones = torch.ones(batch, device=DEVICE)
-        top_k = torch.zeros(batch, dtype=torch.int64, device=DEVICE)
-        for truncate in (True, False):
-            draw = functools.partial(
-                draw_rows, logits, ones, top_k, ones * 0.9, ones * 0.0, ones * 0.5
-            )
-            bench.try_variant(
-                "draw",
-                case,
-                "*top_k/top_p" if truncate else "*temperature",
-                [functools.partial(draw, truncate=truncate)],
-            )
+        row = torch.tensor([1.0, 0.0, 0.9, 0.0, 0.5], dtype=torch.float64, device=DEVICE)
+        columns = row[:, None].repeat(1, batch)
+        for truncates in (True, False):
+            name = "*top_k/top_p" if truncates else "*temperature"
+            draws = functools.partial(drawn, logits, columns, truncates)
+            bench.try_variant("draw", case, name, [draws])
+
+
+def drawn(logits: torch.Tensor, columns: torch.Tensor, truncates: bool) -> torch.Tensor:
+    """As a step draws."""
+    return draw(logits.float(), columns, truncates=truncates, has_min_p=False)
 
 
 def argmax_error(call: Callable[[], torch.Tensor], logits: torch.Tensor) -> float:
