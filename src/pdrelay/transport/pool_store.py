@@ -155,6 +155,11 @@ def lease_name(transfer_id: str) -> tuple[int, int]:
     return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
 
 
+def check_keys(keys: Sequence[bytes]) -> None:
+    if any(len(key) != KEY_BYTES for key in keys):
+        raise TransportError(f"keys of the shared pool are {KEY_BYTES} bytes long")
+
+
 def _ids(slots: Sequence[int]) -> npt.NDArray[np.int64]:
     return np.asarray(slots, np.int64)  # an empty list would be floats
 
