@@ -42,16 +42,11 @@ from pdrelay.transport.meter import Meter
 from pdrelay.transport.news import Bell, NewsQueue
 from pdrelay.transport.options import TransportOptions
 from pdrelay.transport.pages import SharedPages
+from pdrelay.transport.pool_file import PoolDescription, check_keys, create_pool_file
 from pdrelay.transport.pool_link import NAME, PoolDescriptor, PoolLink
 from pdrelay.transport.pool_prefix import PoolPrefixStore, load_layer
 from pdrelay.transport.pool_staged import StagedPoolLink, StagingPages
-from pdrelay.transport.pool_store import (
-    PoolDescription,
-    PoolStats,
-    PoolStore,
-    check_keys,
-    create_pool_file,
-)
+from pdrelay.transport.pool_store import PoolStats, PoolStore
 
 _NUM_LEASES = 1024  # transfers under way in one server, at most
 

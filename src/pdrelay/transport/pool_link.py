@@ -15,8 +15,9 @@ from pdrelay.transport.copying import check_blocks, check_layer, copy_layer, dif
 from pdrelay.transport.news import Bell, NewsQueue
 from pdrelay.transport.open_transfers import OpenTransfer, OpenTransfers
 from pdrelay.transport.pages import SharedPages
+from pdrelay.transport.pool_file import check_keys
 from pdrelay.transport.pool_staged import StagingPages
-from pdrelay.transport.pool_store import Lease, PoolStore, check_keys
+from pdrelay.transport.pool_store import Lease, PoolStore
 
 NAME = "pool"
 

@@ -21,7 +21,7 @@ from pdrelay.transport.copying import check_blocks, check_layer
 from pdrelay.transport.device import DevicePages
 from pdrelay.transport.news import Bell, NewsQueue
 from pdrelay.transport.open_transfers import OpenTransfer, OpenTransfers
-from pdrelay.transport.pool_store import check_keys
+from pdrelay.transport.pool_file import check_keys
 from pdrelay.transport.staging import StagedAccess
 
 
