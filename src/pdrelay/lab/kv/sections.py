@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable, Sequence
 
 from pdrelay.lab import fmt, plots
+from pdrelay.lab.blocks import empty, note, plot_row
 from pdrelay.lab.html import Markup, el, join, table
 from pdrelay.lab.kv.columns import SERVE, SIDE_BY_SIDE, TRANSFERS, cells, heads
 from pdrelay.lab.kv.exercise import corrections
@@ -16,14 +17,6 @@ from pdrelay.lab.stats import Estimate
 PLAIN_COPY = "plain copy"
 _COPY_COLOUR = 3
 FOREIGN_CORES = 0.25  # kept busy by others: figures are worse than they need to be
-
-
-def _note(text: str) -> Markup:
-    return el("p", text, class_="note")
-
-
-def _plots(*figures: Markup) -> Markup:
-    return el("div", *figures, class_="plots")
 
 
 # ---- lead
@@ -88,7 +81,7 @@ def transports(summary: KvSummary) -> list[str]:
 
 def transfers_section(summary: KvSummary) -> Markup:
     if not summary.transfers:
-        return el("p", "Transfers were not measured in this run.", class_="empty")
+        return empty("Transfers were not measured in this run.")
     size = min(row.block_size for row in summary.transfers)
     rows = [
         row
@@ -114,7 +107,7 @@ def transfers_section(summary: KvSummary) -> Markup:
     peak = summary.peak_gb_per_s
     return join(
         [
-            _note(
+            note(
                 "Between two processes, over the transports that the server uses. At once: from "
                 "the first piece to the consumer knowing that all is there. Plain copy: the same "
                 "bytes, one piece, between the same two pools, in turn with the transfers; its "
@@ -122,7 +115,7 @@ def transfers_section(summary: KvSummary) -> Markup:
                 "a stand-in for its computation (matrix products, as long as prefill; on a CPU at "
                 "most 30 ms a prompt)."
             ),
-            _plots(*charts),
+            plot_row(*charts),
             _transfers_table(summary),
         ]
     )
@@ -185,11 +178,11 @@ def _transfers_table(summary: KvSummary) -> Markup:
 def side_by_side_section(summary: KvSummary) -> Markup:
     """How much slower a prefill is that hands its KV over."""
     if not summary.side_by_side:
-        return el("p", "No servers ran side by side in this run.", class_="empty")
+        return empty("No servers ran side by side in this run.")
     rows = [cells(SIDE_BY_SIDE, row) for row in summary.side_by_side]
     return join(
         [
-            _note(
+            note(
                 "P/D and one replica run at the same time on the same devices, and each prompt "
                 "goes to both, one right after the other in random order, while nothing else "
                 "runs. Prefill: from its first chunk's launch to its last chunk's end, as the "
@@ -202,7 +195,7 @@ def side_by_side_section(summary: KvSummary) -> Markup:
 
 def serve_section(summary: KvSummary) -> Markup:
     if not summary.serve:
-        return el("p", "Servers were not started in this run.", class_="empty")
+        return empty("Servers were not started in this run.")
     picks: tuple[tuple[str, int, Callable[[ServeRow], Estimate]], ...] = (
         ("P/D 1:1", 0, lambda row: row.ttft),
         ("1 replica", 1, lambda row: row.ttft_alone),
@@ -216,18 +209,18 @@ def serve_section(summary: KvSummary) -> Markup:
     rows = [cells(SERVE, row) for row in summary.serve]
     return join(
         [
-            _note(
+            note(
                 "Real servers, one after the other in each repeat, one request at a time, distinct "
                 "random prompts. The prefill side streams the first token itself, so a hand-over "
                 "can show in TTFT only by slowing prefill; what is left to move delays the second "
                 "token. The servers' own report lies in serve/report.html."
             ),
-            _plots(
+            plot_row(
                 _by_length("TTFT p50, ms (log)", ttft, "ms (log)", log_y=True),
                 _by_length("What is exposed, p50, ms", parts, "ms"),
             ),
             table(heads(SERVE), rows, caption="Medians with 95 % intervals."),
-            *(_note(text) for text in summary.serve_notes),
+            *(note(text) for text in summary.serve_notes),
         ]
     )
 
@@ -263,13 +256,13 @@ def prediction_section(summary: KvSummary) -> Markup:
     ]
     return join(
         [
-            _note(
+            note(
                 "Roofline: prefill = max(FLOP / rate, weights / memory bandwidth), with FLOP = "
                 "2 × layer weights × T + 4 × L × H × D × T² / 2 (causal) + the last token's "
                 "logits; transfer = bytes / link. Layer by layer, one layer is left after prefill "
                 "while the link keeps up; a slower link has transfer − (L − 1)/L × prefill left."
             ),
-            _plots(*charts),
+            plot_row(*charts),
             table(
                 head,
                 rows,
@@ -351,13 +344,13 @@ def environment_section(summary: KvSummary) -> Markup:
     where = f"Measured on {run.device_words}. " if run.device_words else ""
     return join(
         [
-            _note(
+            note(
                 f"{where}pdrelay {run.pdrelay_version}, commit {run.git_commit or 'unknown'}, "
                 f"{run.started} to {run.ended or '?'}."
             ),
             environment_table(summary.environment),
             el("pre", shlex.join(run.argv)),
-            *(_note(text) for text in warnings(summary)),
+            *(note(text) for text in warnings(summary)),
         ]
     )
 
