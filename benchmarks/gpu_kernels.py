@@ -37,6 +37,7 @@ import triton.language as tl
 
 from pdrelay.engine.attention import AttentionShape
 from pdrelay.engine.attention.fa3 import Fa3Paged, load_fa3
+from pdrelay.engine.kernels.decode_cut import DecodeCut
 from pdrelay.engine.kernels.gpu import gathered_prefill
 from pdrelay.engine.kernels.triton.activation import silu_mul
 from pdrelay.engine.kernels.triton.attention_decode import (
@@ -57,12 +58,13 @@ from pdrelay.engine.kernels.triton.linear_small import (
 )
 from pdrelay.engine.kernels.triton.norm import add_rms_norm
 from pdrelay.engine.kernels.triton.rope import rope_write_kv
-from pdrelay.engine.kernels.triton.sample import ArgmaxWorkspace, argmax_rows, draw_rows
+from pdrelay.engine.kernels.triton.sample import ArgmaxWorkspace, argmax_rows
 from pdrelay.engine.kernels.triton.split_rule import (
     SHARES_PER_SM,
     least_part,
     most_extra_parts,
 )
+from pdrelay.engine.sampler import draw
 from pdrelay.errors import LaunchError
 
 DEVICE = torch.device("cpu" if SMOKE or COMPILING else "cuda")
@@ -465,10 +467,11 @@ def bench_decode(bench: Bench) -> None:
         wanted = functools.cache(functools.partial(decode_reference, q, kv, tables[0], context))
         for splits, stages, fused, pdl in decode_variants(batch, context):
             name = f"S{splits}s{stages}" + ("" if fused else "-2k") + ("" if pdl else "-nopdl")
+            cut = DecodeCut(splits)
             options = {"fused": fused, "stages": stages, "pdl": pdl}
             calls: list[Call] = [
                 functools.partial(
-                    paged_decode, q, kv, t, lens, DIM**-0.5, out, workspace, splits, **options
+                    paged_decode, q, kv, t, lens, DIM**-0.5, out, workspace, cut, **options
                 )
                 for t in tables * (1 if sets > 4 else 4)
             ]
@@ -605,12 +608,11 @@ def bench_uneven(bench: Bench) -> None:
                 extras = extra_parts(
                     lens, splits, KV_HEADS, num_sms(DEVICE), least=least, shares=shares
                 )
+            cut = DecodeCut(splits, extras)
             options = {"stages": stages, "pdl": not SMOKE}
             calls: list[Call] = [
                 functools.partial(
-                    paged_decode,
-                    *(q, kv, t, lens, DIM**-0.5, out, workspace, splits, extras),
-                    **options,
+                    paged_decode, q, kv, t, lens, DIM**-0.5, out, workspace, cut, **options
                 )
                 for t in tables
             ]
@@ -645,20 +647,21 @@ def paged_decode_rows(bench: Bench, fa3: Fa3Paged | None) -> None:
         wanted = functools.cache(
             functools.partial(decode_reference, q, kv, tables[0, :, :width], context)
         )
-        splits = split_rule(batch, KV_HEADS, tables.shape[2] * BLOCK, num_sms(DEVICE))
+        cut = DecodeCut(split_rule(batch, KV_HEADS, tables.shape[2] * BLOCK, num_sms(DEVICE)))
         for name in ("triton", "*fa3"):
             calls: list[Call] = []
             if name == "triton":
-                options = {"num_splits": splits, "pdl": not SMOKE}
                 calls = [
                     functools.partial(
-                        paged_decode, q, kv, t, lens, DIM**-0.5, out, workspace, **options
+                        paged_decode,
+                        *(q, kv, t, lens, DIM**-0.5, out, workspace, cut),
+                        pdl=not SMOKE,
                     )
                     for t in tables
                 ]
             elif fa3 is not None:
                 calls = [
-                    functools.partial(fa3.paged_decode, q, kv, t, lens, DIM**-0.5, out, 0, None)
+                    functools.partial(fa3.paged_decode, q, kv, t, lens, DIM**-0.5, out, cut)
                     for t in tables
                 ]
             if calls:
@@ -735,18 +738,17 @@ def bench_sample(bench: Bench) -> None:
         )
         torch_call = functools.partial(logits.argmax, dim=-1)
         bench.try_variant("argmax", case, "*torch", [torch_call] * 8, bytes=size)
-        ones = torch.ones(batch, device=DEVICE)
-        top_k = torch.zeros(batch, dtype=torch.int64, device=DEVICE)
-        for truncate in (True, False):
-            draw = functools.partial(
-                draw_rows, logits, ones, top_k, ones * 0.9, ones * 0.0, ones * 0.5
-            )
-            bench.try_variant(
-                "draw",
-                case,
-                "*top_k/top_p" if truncate else "*temperature",
-                [functools.partial(draw, truncate=truncate)],
-            )
+        row = torch.tensor([1.0, 0.0, 0.9, 0.0, 0.5], dtype=torch.float64, device=DEVICE)
+        columns = row[:, None].repeat(1, batch)
+        for truncates in (True, False):
+            name = "*top_k/top_p" if truncates else "*temperature"
+            draws = functools.partial(drawn, logits, columns, truncates)
+            bench.try_variant("draw", case, name, [draws])
+
+
+def drawn(logits: torch.Tensor, columns: torch.Tensor, truncates: bool) -> torch.Tensor:
+    """As a step draws."""
+    return draw(logits.float(), columns, truncates=truncates, has_min_p=False)
 
 
 def argmax_error(call: Callable[[], torch.Tensor], logits: torch.Tensor) -> float:
@@ -810,7 +812,7 @@ class ChainStep:
         self._slot = torch.tensor([context - 1], device=DEVICE)
         self._rope = randn(context, DIM, dtype=torch.float32)
         self._workspace = DecodeWorkspace(1, HEADS, DIM, DEVICE)
-        self._splits = split_rule(1, KV_HEADS, 8192, num_sms(DEVICE))
+        self._cut = DecodeCut(split_rule(1, KV_HEADS, 8192, num_sms(DEVICE)))
         self._start = randn(1, HIDDEN)
         self._residuals = [torch.empty_like(self._start) for _ in range(2)]
         self._token = torch.empty(1, dtype=torch.int64, device=DEVICE)
@@ -820,7 +822,7 @@ class ChainStep:
         kv = self._kv[layer]
         q = rope_write_kv(qkv, self._slot, self._slot, self._rope, None, None, EPS, kv, pdl=pdl)
         return paged_decode(
-            q, kv, self._table, self._lens, DIM**-0.5, None, self._workspace, self._splits, pdl=pdl
+            q, kv, self._table, self._lens, DIM**-0.5, None, self._workspace, self._cut, pdl=pdl
         )
 
     def run(self, tunings: ChainTunings, pdl: bool) -> None:

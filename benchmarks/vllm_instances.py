@@ -17,10 +17,13 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+
+from pdrelay.launch.vllm_driver import sampler_environment
 
 SOURCE = Path(__file__).resolve().parents[1] / "src"
 GUARD = SOURCE / "pdrelay" / "launch" / "guard.py"
@@ -88,9 +91,13 @@ class Host:
         env["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(free_port())
         env["UCX_TLS"] = "all"
         env.setdefault("VLLM_CACHE_ROOT", str(self.directory / f"cache-{name}"))
-        env.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # without FlashInfer, too
+        env |= sampler_environment(self._has_flashinfer)
         env.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")
         return env
+
+    @cached_property
+    def _has_flashinfer(self) -> bool:
+        return has_module(self.python, "flashinfer")
 
 
 @dataclass(eq=False)

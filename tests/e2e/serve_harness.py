@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -117,3 +118,15 @@ def block_gauges(server: Server) -> dict[str, dict[str, float]]:
             instance = pairs["instance"].strip('"')
             gauges.setdefault(instance, {})[pairs["state"].strip('"')] = float(value)
     return gauges
+
+
+async def settled(server: Server) -> None:
+    """Until both sides of a P/D pair hold no blocks of requests."""
+    async with asyncio.timeout(30):
+        while True:
+            gauges = await asyncio.to_thread(block_gauges, server)
+            if len(gauges) == 2 and all(
+                g["used"] == g["in_transfer"] == 0 for g in gauges.values()
+            ):
+                return
+            await asyncio.sleep(0.05)

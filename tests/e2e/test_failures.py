@@ -14,7 +14,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from serve_harness import Server, block_gauges
+from serve_harness import Server, settled
 
 from pdrelay.launch.run_dir import remove_stale
 
@@ -48,17 +48,6 @@ async def stream(session, url, prompt, max_tokens, on_chunk=None):
                     if on_chunk is not None:
                         on_chunk(chunks)
         return response.status, chunks, error
-
-
-async def settled(server):
-    async with asyncio.timeout(30):
-        while True:
-            gauges = await asyncio.to_thread(block_gauges, server)
-            if len(gauges) == 2 and all(
-                g["used"] == g["in_transfer"] == 0 for g in gauges.values()
-            ):
-                return
-            await asyncio.sleep(0.05)
 
 
 async def next_request_succeeds(session, server):

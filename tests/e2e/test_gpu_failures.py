@@ -26,7 +26,7 @@ from gpu_harness import (
     transports_used,
     wait_memory,
 )
-from serve_harness import Server, block_gauges
+from serve_harness import Server, settled
 
 pytestmark = needs_gpu
 
@@ -119,17 +119,6 @@ async def recovered(session, server, prompt, length) -> list[int]:
                 return answer.token_ids
             assert outcome.status == 503 or outcome.error, outcome
             await asyncio.sleep(0.2)
-
-
-async def settled(server) -> None:
-    async with asyncio.timeout(30):
-        while True:
-            gauges = await asyncio.to_thread(block_gauges, server)
-            if len(gauges) == 2 and all(
-                g["used"] == g["in_transfer"] == 0 for g in gauges.values()
-            ):
-                return
-            await asyncio.sleep(0.05)
 
 
 def wait_gone(pids: list[int], timeout_s: float = 30.0) -> None:

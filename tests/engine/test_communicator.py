@@ -2,13 +2,13 @@ import os
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from model_harness import Batcher, random_tokens, small_config
+from rank_threads import together
 
 from pdrelay.engine.communicator import (
     GlooCommunicator,
@@ -22,13 +22,6 @@ from pdrelay.engine.shm_communicator import ShmCommunicator
 from pdrelay.errors import LaunchError, WorkerLostError
 
 torch.set_num_threads(1)
-
-
-def together(world_size, function):
-    """function(rank) on a thread a rank; their results by rank."""
-    with ThreadPoolExecutor(world_size) as pool:
-        futures = [pool.submit(function, rank) for rank in range(world_size)]
-        return [future.result(timeout=60) for future in futures]
 
 
 def shm(rank, world_size, directory, timeout_s=20.0):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from model_harness import Batcher, random_tokens, small_config
+from rank_threads import together
 
 from pdrelay.engine.communicator import ThreadGroup
 from pdrelay.engine.cuda_communicator import CudaCommunicator, one_shot_limit, pieces
@@ -54,12 +54,6 @@ class ThreadCollectives:
 
     def close(self):
         self.closed += 1
-
-
-def together(world_size, function):
-    with ThreadPoolExecutor(world_size) as pool:
-        futures = [pool.submit(function, rank) for rank in range(world_size)]
-        return [future.result(timeout=60) for future in futures]
 
 
 def on_threads(world_size, has_nccl, work, max_bytes=64):

@@ -12,6 +12,7 @@ from pdrelay.engine.attention.cuda import CudaAttention
 from pdrelay.engine.attention.fa3 import Fa3Paged, load_fa3
 from pdrelay.engine.attention.reference import ReferenceAttention
 from pdrelay.engine.backend import cuda_backend
+from pdrelay.engine.kernels.decode_cut import DecodeCut
 from pdrelay.engine.kernels.gpu import TorchKernels
 from pdrelay.engine.qkv_buffer import QkvBuffer
 from pdrelay.errors import LaunchError
@@ -148,7 +149,7 @@ def test_the_real_kernels_in_a_graph_follow_lengths_and_tables():
     tables = torch.zeros((3, 32), dtype=torch.int32, device=device)
     lens = torch.zeros(3, dtype=torch.int32, device=device)
     out = torch.empty((3, q.shape[1]), dtype=torch.bfloat16, device=device)
-    call = (queries, kv, tables, lens, shape.scale, out, 1, None)
+    call = (queries, kv, tables, lens, shape.scale, out, DecodeCut())
     paged.paged_decode(*call)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

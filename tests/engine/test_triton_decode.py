@@ -4,12 +4,15 @@ import pytest
 import torch
 from triton_harness import DEVICE, ON_GPU, randn, relative_error
 
+from pdrelay.engine.kernels.decode_cut import DecodeCut
+from pdrelay.engine.kernels.gpu import TritonKernels
 from pdrelay.engine.kernels.triton.attention_decode import (
     DecodeWorkspace,
     paged_decode,
     split_rule,
 )
 from pdrelay.engine.kernels.triton.decode_parts import HEADER, extra_parts
+from pdrelay.engine.kernels.triton.launch import num_sms
 from pdrelay.engine.kernels.triton.split_rule import (
     MAX_SPLITS,
     fills_waves,
@@ -63,7 +66,8 @@ def test_paged_decode(num_heads, num_kv_heads, head_dim, block_size, num_splits,
     scale = head_dim**-0.5
     for _ in range(2):  # the workspace is as good the second time
         out = torch.full((len(seq_lens), num_heads * head_dim), torch.nan).to(q)
-        actual = paged_decode(q, pool, tables, lens, scale, out, workspace, num_splits, fused=fused)
+        cut = DecodeCut(num_splits)
+        actual = paged_decode(q, pool, tables, lens, scale, out, workspace, cut, fused=fused)
         assert actual is out
         wanted = reference(q, dense, num_heads, head_dim, scale)
         assert not actual[1].any()
@@ -73,7 +77,7 @@ def test_paged_decode(num_heads, num_kv_heads, head_dim, block_size, num_splits,
 def test_float32_is_exact_to_its_own_precision():
     pool, tables, lens, dense = make_batch([7, 150], 2, 32, 16, torch.float32)
     q = randn(2, 4 * 32, dtype=torch.float32)
-    actual = paged_decode(q, pool, tables, lens, 0.2, num_splits=4)
+    actual = paged_decode(q, pool, tables, lens, 0.2, cut=DecodeCut(4))
     assert relative_error(actual, reference(q, dense, 4, 32, 0.2)) < 1e-5
 
 
@@ -81,10 +85,10 @@ def test_a_row_has_the_same_bits_in_any_batch():
     seq_lens = [130, 3, 77, 64]
     pool, tables, lens, _ = make_batch(seq_lens, 2, 32, 16)
     q = randn(4, 8 * 32)
-    together = paged_decode(q, pool, tables, lens, 0.2, num_splits=4)
+    together = paged_decode(q, pool, tables, lens, 0.2, cut=DecodeCut(4))
     for row in range(4):
         part = slice(row, row + 1)
-        alone = paged_decode(q[part], pool, tables[part], lens[part], 0.2, num_splits=4)
+        alone = paged_decode(q[part], pool, tables[part], lens[part], 0.2, cut=DecodeCut(4))
         assert torch.equal(together[part], alone)
 
 
@@ -92,10 +96,10 @@ def test_a_row_has_the_same_bits_in_any_batch():
 def test_a_graph_stays_valid_while_lengths_change():
     pool, tables, lens, dense = make_batch([300, 200], 2, 64, 16)
     q, workspace = randn(2, 8 * 64), DecodeWorkspace(2, 8, 64, DEVICE)
-    out = paged_decode(q, pool, tables, lens, 0.125, None, workspace, 8)
+    out = paged_decode(q, pool, tables, lens, 0.125, None, workspace, DecodeCut(8))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        paged_decode(q, pool, tables, lens, 0.125, out, workspace, 8)
+        paged_decode(q, pool, tables, lens, 0.125, out, workspace, DecodeCut(8))
     for lengths in ([1, 200], [0, 64], [300, 129]):
         lens.copy_(torch.tensor(lengths))
         graph.replay()
@@ -198,9 +202,10 @@ def test_decode_with_extra_parts(num_heads, num_kv_heads, head_dim, num_splits):
     scale = head_dim**-0.5
     extras = extra_parts(lens, num_splits, num_kv_heads, 16, least=1)
     assert extras[1] > 0
+    cut = DecodeCut(num_splits, extras)
     for _ in range(2):  # the workspace is as good the second time
         out = torch.full((len(seq_lens), num_heads * head_dim), torch.nan).to(q)
-        paged_decode(q, pool, tables, lens, scale, out, workspace, num_splits, extras)
+        paged_decode(q, pool, tables, lens, scale, out, workspace, cut)
         assert not out[1].any()
         assert relative_error(out, reference(q, dense, num_heads, head_dim, scale)) < 1e-2
 
@@ -210,10 +215,23 @@ def test_extra_parts_change_no_bit_of_rows_that_are_not_cut():
     q = randn(4, 8 * 32)
     extras = extra_parts(lens, 1, 2, 16, least=2)
     assert extras[1] > 0
-    cut = paged_decode(q, pool, tables, lens, 0.2, None, None, 1, extras)
-    whole = paged_decode(q, pool, tables, lens, 0.2, num_splits=1)
+    cut = paged_decode(q, pool, tables, lens, 0.2, None, None, DecodeCut(1, extras))
+    whole = paged_decode(q, pool, tables, lens, 0.2, cut=DecodeCut(1))
     for row in (0, 2, 3):
         assert torch.equal(cut[row], whole[row])
+
+
+def test_the_engine_cuts_by_bucket_and_lengths():
+    kernels = TritonKernels(DEVICE)
+    lens = torch.tensor([8192, *[600] * 23], dtype=torch.int32, device=DEVICE)
+    most = kernels.decode_cut(lens[:1], 1, 8, 8192)
+    assert (most.num_splits, most.extra_parts) == (MAX_SPLITS, None)  # none left to name
+    for bucket in (24, 64):
+        cut = kernels.decode_cut(lens, bucket, 8, 8192)
+        assert cut.num_splits == split_rule(bucket, 8, 8192, num_sms(DEVICE)) == 1
+        wanted = extra_parts(lens, 1, 8, num_sms(DEVICE))
+        named = HEADER + int(wanted[1])
+        assert named > HEADER and torch.equal(cut.extra_parts[:named], wanted[:named])
 
 
 @pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
@@ -223,7 +241,8 @@ def test_a_graph_cuts_by_the_lengths_of_its_replay():
 
     def step():
         extras = extra_parts(lens, 1, 2, 8, least=4)
-        return paged_decode(q, pool, tables, lens, 0.125, None, workspace, 1, extras), extras
+        cut = DecodeCut(1, extras)
+        return paged_decode(q, pool, tables, lens, 0.125, None, workspace, cut), extras
 
     step()
     torch.cuda.synchronize()

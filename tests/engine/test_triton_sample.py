@@ -5,8 +5,8 @@ import torch
 from triton_harness import DEVICE, ON_GPU, randn
 
 from pdrelay.core.sampling_params import SamplingParams
-from pdrelay.engine.kernels.triton.sample import ArgmaxWorkspace, argmax_rows, draw_rows
-from pdrelay.engine.sampler import SamplingRow, sample, uniform
+from pdrelay.engine.kernels.triton.sample import ArgmaxWorkspace, argmax_rows
+from pdrelay.engine.sampler import SamplingRow, draw, draw_columns, sample
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -39,54 +39,34 @@ PARAMS = [
 ]
 
 
-@pytest.mark.parametrize("index", range(6))
-def test_draw_rows_is_the_samplers_draw(index):
-    rows = [
+def rows_of(params, index):
+    return [
         SamplingRow(SamplingParams(max_tokens=9, seed=1000 + i, **p), [], [], index)
-        for i, p in enumerate(PARAMS)
+        for i, p in enumerate(params)
     ]
+
+
+def columns_of(rows):
+    return torch.tensor(draw_columns(rows), dtype=torch.float64, device=DEVICE)
+
+
+@pytest.mark.parametrize("index", range(6))
+def test_a_row_is_drawn_among_others_as_alone(index):
+    """Alone, it is neither truncated nor cut at min_p unless it asks for it."""
+    rows = rows_of(PARAMS, index)
     logits = randn(len(rows), 1000, dtype=torch.float32, seed=index) * 3
-    assert draw(logits, rows).tolist() == sample(logits, rows).token_ids
-
-
-def draw(logits, rows, **options):
-    def column(name, dtype):
-        values = [getattr(row.params, name) for row in rows]
-        return torch.tensor(values, dtype=dtype, device=DEVICE)
-
-    uniforms = [uniform(row.params.seed, row.index) for row in rows]
-    return draw_rows(
-        logits,
-        column("temperature", torch.float32),
-        column("top_k", torch.int64),
-        column("top_p", torch.float32),
-        column("min_p", torch.float32),
-        torch.tensor(uniforms, dtype=torch.float64, device=DEVICE),
-        **options,
-    )
-
-
-def test_without_truncation_nothing_else_changes():
-    rows = [
-        SamplingRow(SamplingParams(max_tokens=9, seed=i, temperature=1.0), [], [], 3)
-        for i in range(8)
-    ]
-    logits = randn(8, 1000, dtype=torch.float32)
-    assert torch.equal(draw(logits, rows, truncate=False), draw(logits, rows))
+    together = draw(logits, columns_of(rows), truncates=True, has_min_p=True).tolist()
+    alone = [sample(logits[i : i + 1], [row]).token_ids[0] for i, row in enumerate(rows)]
+    assert together == alone
 
 
 @pytest.mark.skipif(not ON_GPU, reason="only a GPU can be waited for")
-def test_drawing_never_waits_for_the_device():
-    rows = [SamplingRow(SamplingParams(max_tokens=9, seed=1, **p), [], [], 0) for p in PARAMS]
-    logits = randn(len(rows), 1000, dtype=torch.float32)
-    arguments = []
-    for name, dtype in (("temperature", torch.float32), ("top_k", torch.int64)):
-        values = [getattr(row.params, name) for row in rows]
-        arguments.append(torch.tensor(values, dtype=dtype, device=DEVICE))
-    arguments += [torch.full((len(rows),), value, device=DEVICE) for value in (0.9, 0.1, 0.5)]
+def test_choosing_never_waits_for_the_device():
+    columns = columns_of(rows_of(PARAMS, 0))
+    logits = randn(len(PARAMS), 1000, dtype=torch.float32)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        draw_rows(logits, *arguments)
+        draw(logits, columns, truncates=True, has_min_p=True)
         argmax_rows(logits)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from serve_rig import alive
 from stub_front_door import STUB_COMMAND, StubListener
 
 from pdrelay.errors import LaunchError
@@ -75,13 +76,6 @@ async def until(condition):
 
 def environment(pid):
     return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-
-
-def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 @pytest.fixture

@@ -205,10 +205,10 @@ class StepExecutor:
         self, bucket: int, tables: torch.Tensor, seq_lens: torch.Tensor
     ) -> DecodeSegment:
         """Rows of the flat batch from its first on, cut as the graph of `bucket` cuts them."""
-        kernels, num_heads = self._kernels, self._num_kv_heads
-        num_splits = kernels.num_splits(bucket, num_heads, self._limits.max_model_len)
-        extra_parts = kernels.extra_parts(seq_lens, num_splits, num_heads)
-        return DecodeSegment(0, tables, seq_lens, num_splits, extra_parts)
+        cut = self._kernels.decode_cut(
+            seq_lens, bucket, self._num_kv_heads, self._limits.max_model_len
+        )
+        return DecodeSegment(0, tables, seq_lens, cut)
 
     def _spread_tables(self, header: StepHeader) -> None:
         count, width = header.num_decodes, header.table_width

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pdrelay.lab import fmt, svg
+from pdrelay.lab.blocks import empty
 from pdrelay.lab.html import Markup, el, join
 from pdrelay.lab.stats import Estimate
 
@@ -87,7 +88,7 @@ def line_chart(
     xs = sorted({point.x for one in series for point in one.points})
     ys = [y for one in series for point in one.points for y in _extent(point)]
     if not xs or not ys:
-        return el("p", f"{title}: nothing was measured.", class_="empty")
+        return empty(f"{title}: nothing was measured.")
     x: svg.Scale = svg.x_log(xs[0], xs[-1], xs) if log_x else svg.x_linear(0.0, xs[-1] * 1.05)
     positive = [y for y in ys if y > 0] or [1.0]
     y: svg.Scale = (
@@ -124,7 +125,7 @@ def cdf_chart(title: str, curves: Sequence[Curve], *, x_label: str) -> Markup:
     """Cumulative shares on a logarithmic axis."""
     values = [x for curve in curves for x, _ in curve.points if x > 0]
     if not values:
-        return el("p", f"{title}: nothing was measured.", class_="empty")
+        return empty(f"{title}: nothing was measured.")
     x = svg.x_log(min(values) / 1.1, max(values) * 1.1)
     y = svg.Linear(0.0, 1.0, svg.HEIGHT - svg.BOTTOM, svg.TOP)
     drawn = join(_draw_curve(curve, _steps(curve.points), x, y) for curve in curves)
@@ -136,7 +137,7 @@ def time_chart(title: str, curves: Sequence[Curve], *, y_label: str) -> Markup:
     """Shares, 0 to 1, over seconds."""
     last = max((x for curve in curves for x, _ in curve.points), default=None)
     if last is None:
-        return el("p", f"{title}: nothing was measured.", class_="empty")
+        return empty(f"{title}: nothing was measured.")
     x, y = svg.x_linear(0.0, last), svg.y_linear(1.0)
     drawn = join(_draw_curve(curve, curve.points, x, y) for curve in curves)
     return figure(
@@ -170,7 +171,7 @@ def bar_chart(title: str, groups: Sequence[Group], *, y_label: str, log_y: bool 
         if value is not None
     ]
     if not extents:
-        return el("p", f"{title}: nothing was measured.", class_="empty")
+        return empty(f"{title}: nothing was measured.")
     positive = [value for value in extents if value > 0] or [1.0]
     y: svg.Scale = (
         svg.y_log(min(positive) / 1.5, max(positive)) if log_y else svg.y_linear(max(extents))
@@ -215,7 +216,7 @@ def _draw_bars(group: Group, left: float, width: float, y: svg.Scale) -> Markup:
 def stack_chart(title: str, keys: Sequence[tuple[str, str]], stacks: Sequence[Stack]) -> Markup:
     """Horizontal stacked bars, one a row, on a common scale."""
     if not stacks:
-        return el("p", f"{title}: nothing was measured.", class_="empty")
+        return empty(f"{title}: nothing was measured.")
     row, left, right = 30, 96, 76
     height = len(stacks) * row + 40
     longest = max(sum(part for _, part in stack.parts) for stack in stacks)

@@ -37,11 +37,6 @@ class Estimate(msgspec.Struct, kw_only=True):
     def known(self) -> bool:
         return self.value is not None
 
-    @property
-    def excludes_one(self) -> bool:
-        """For ratios: whether the interval lies on one side of 1."""
-        return self.lo is not None and self.hi is not None and (self.lo > 1 or self.hi < 1)
-
 
 def missing(note: str, n: int = 0) -> Estimate:
     """No figure, and why."""

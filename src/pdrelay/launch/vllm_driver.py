@@ -32,6 +32,14 @@ _CPU_KV_GIB = "1"
 _FLASHINFER_SAMPLER = "VLLM_USE_FLASHINFER_SAMPLER"
 
 
+def sampler_environment(has_flashinfer: bool) -> dict[str, str]:
+    """On GPUs vLLM imports FlashInfer unless told not to: without it, what says so, where the user
+    has not chosen."""
+    if has_flashinfer or _FLASHINFER_SAMPLER in os.environ:
+        return {}
+    return {_FLASHINFER_SAMPLER: "0"}
+
+
 class VllmDriver(ExternalDriver):
     """Versions 0.23 to 0.33."""
 
@@ -94,8 +102,7 @@ class VllmDriver(ExternalDriver):
             env |= self._cpu_environment()
         else:
             env["VLLM_ALLREDUCE_USE_SYMM_MEM"] = os.environ.get("VLLM_ALLREDUCE_USE_SYMM_MEM", "0")
-            if self._own_sampler():
-                env[_FLASHINFER_SAMPLER] = "0"
+            env |= sampler_environment(plan.has_flashinfer)
         if spec.role is not Role.BOTH and plan.resolved.transport == "nixl":
             env["VLLM_NIXL_SIDE_CHANNEL_HOST"] = "127.0.0.1"
             env["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(plan.ports.port(f"{spec.instance}.nixl"))
@@ -104,13 +111,9 @@ class VllmDriver(ExternalDriver):
         env["PYTHONPATH"] = ":".join(filter(None, [import_path(plan.run_dir), inherited]))
         return env
 
-    def _own_sampler(self) -> bool:
-        """Whether vLLM has to be told not to import FlashInfer, which it does by default."""
-        on_gpu = self.plan.resolved.device == "cuda"
-        return on_gpu and not self.plan.has_flashinfer and _FLASHINFER_SAMPLER not in os.environ
-
     def notes(self) -> list[str]:
-        if not self._own_sampler():
+        on_gpu = self.plan.resolved.device == "cuda"
+        if not (on_gpu and sampler_environment(self.plan.has_flashinfer)):
             return []
         return [
             f"this environment has no flashinfer: {_FLASHINFER_SAMPLER}=0, vLLM samples with "

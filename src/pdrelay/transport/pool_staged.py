@@ -21,6 +21,7 @@ from pdrelay.transport.copying import check_blocks, check_layer
 from pdrelay.transport.device import DevicePages
 from pdrelay.transport.news import Bell, NewsQueue
 from pdrelay.transport.open_transfers import OpenTransfer, OpenTransfers
+from pdrelay.transport.pool_file import check_keys
 from pdrelay.transport.staging import StagedAccess
 
 
@@ -56,14 +57,12 @@ class StagedPoolLink(HostLink):
         pages: DevicePages,
         inner: Callable[[StagingPages, Bell], ProducerLink],
         bell: Bell,
-        check_keys: Callable[[Sequence[bytes]], None],
     ) -> None:
         self._pages = pages
         self._access = StagedAccess(pages)
         self._staging = StagingPages(pages.layout, self._access.blocks_a_part)
         self._inner_bell = Bell()
         self._inner = inner(self._staging, self._inner_bell)
-        self._check_keys = check_keys
         self._open: OpenTransfers[_Outgoing] = OpenTransfers()
         self._news: NewsQueue[Sent | Stopped | TransferFailed] = NewsQueue(bell)
         self._lock = threading.Lock()  # of `_open` and `closed`
@@ -74,7 +73,7 @@ class StagedPoolLink(HostLink):
     # ---- the engine's thread
 
     def begin(self, transfer_id: str, keys: Sequence[bytes]) -> None:
-        self._check_keys(keys)
+        check_keys(keys)
         keys = list(keys)
         outgoing = _Outgoing(transfer_id, num_keys=len(keys))
         with self._lock:

@@ -1,7 +1,6 @@
 """The shared pool's memory: slots of whole blocks, and the index that finds them by key.
 
-One anonymous file holds, in this order, a header, the index (one array a field), and the slots in
-the layout of a KV pool. Every process of a server maps it. What keeps it right:
+Every process of a server maps one anonymous file (`pool_file.py`). What keeps it right:
 
 - **Exclusion.** `flock` on a private open of the file: the kernel drops it when its holder dies.
 - **Death inside the lock.** A holder sets `dirty` first and clears it last. Whoever finds it set
@@ -18,10 +17,8 @@ the layout of a KV pool. Every process of a server maps it. What keeps it right:
 from __future__ import annotations
 
 import contextlib
-import enum
 import fcntl
 import hashlib
-import math
 import mmap
 import os
 import threading
@@ -30,48 +27,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from pdrelay.core.kv_layout import KVLayout
 from pdrelay.errors import TransportError
-from pdrelay.transport.pages import anonymous_file
+from pdrelay.transport.pool_file import (
+    KEY_BYTES,
+    MAGIC,
+    Head,
+    LeaseState,
+    PoolDescription,
+    State,
+    fields_of,
+    plan_of,
+)
 
-KEY_BYTES = 32
-_MAGIC = 0x70647265706F6F31  # "pdrepoo1"
-_ALIGN = 4096
 _MAX_LOCK_PAUSE_S = 0.001
-
-
-class State(enum.IntEnum):
-    """Of a slot."""
-
-    FREE = 0
-    WRITING = 1  # owned by the producer that writes it
-    READY = 2
-
-
-class LeaseState(enum.IntEnum):
-    FREE = 0
-    OPEN = 1  # the producer still sends
-    FINISHED = 2  # the consumer may take
-
-
-class _Head(enum.IntEnum):
-    """Words of the header."""
-
-    MAGIC = 0
-    DIRTY = 1
-    VERSION = 2  # of the index; one more at each change of a slot's key
-    TICK = 3  # of the LRU clock
-
-
-class PoolDescription(msgspec.Struct, frozen=True, kw_only=True):
-    """What a process needs beside the fd. `layout.num_blocks` is the number of slots."""
-
-    layout: KVLayout
-    num_leases: int
 
 
 @dataclass(frozen=True)
@@ -102,54 +73,6 @@ class Placed:
     shared: bool
 
 
-def _fields(num_slots: int, num_leases: int) -> list[tuple[str, str, tuple[int, ...]]]:
-    return [
-        ("head", "u8", (8,)),
-        ("state", "u1", (num_slots,)),
-        ("private", "u1", (num_slots,)),  # nobody else will ask for it: free it when unpinned
-        ("writer", "i2", (num_slots,)),
-        ("pins", "i4", (num_slots,)),
-        ("used", "u8", (num_slots,)),
-        ("changed", "u8", (num_slots,)),
-        ("key", "u1", (num_slots, KEY_BYTES)),
-        ("lease_state", "u1", (num_leases,)),
-        ("lease_producer", "i2", (num_leases,)),
-        ("lease_consumer", "i2", (num_leases,)),
-        ("lease_length", "i4", (num_leases,)),  # blocks, up to the last one placed
-        ("lease_name", "u8", (num_leases, 2)),
-        (
-            "lease_slots",
-            "i4",
-            (num_leases, num_slots),
-        ),  # slot + 1, or 0; rows untouched cost nothing
-    ]
-
-
-def _plan(description: PoolDescription) -> tuple[dict[str, int], int, int]:
-    """Offsets of the fields, offset of the slots, size of the file."""
-    offsets: dict[str, int] = {}
-    position = 0
-    for name, dtype, shape in _fields(description.layout.num_blocks, description.num_leases):
-        offsets[name] = position
-        size = math.prod(shape) * np.dtype(dtype).itemsize
-        position = -(-(position + size) // 64) * 64
-    slots = -(-position // _ALIGN) * _ALIGN
-    return offsets, slots, slots + description.layout.total_bytes
-
-
-def create_pool_file(description: PoolDescription) -> int:
-    """A new pool: an fd without a name. Raises TransportError when there is no memory for it."""
-    size = _plan(description)[2]
-    try:
-        fd = anonymous_file(size, "pdrelay-pool")
-    except (OSError, OverflowError) as error:
-        raise TransportError(
-            f"cannot make a shared pool of {size} bytes ({error}): use fewer slots"
-        ) from error
-    os.pwrite(fd, np.array([_MAGIC], "u8").tobytes(), 0)
-    return fd
-
-
 def lease_name(transfer_id: str) -> tuple[int, int]:
     digest = hashlib.blake2b(transfer_id.encode(), digest_size=16).digest()
     return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
@@ -168,7 +91,7 @@ class PoolStore:
 
         Raises TransportError when it is not a pool of this description.
         """
-        offsets, slots_at, size = _plan(description)
+        offsets, slots_at, size = plan_of(description)
         self.layout = description.layout
         self._timeout_s = timeout_s
         self._thread_lock = threading.Lock()
@@ -188,7 +111,7 @@ class PoolStore:
         def array(name: str, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
             return np.ndarray(shape, dtype, self._map, offsets[name])
 
-        fields = _fields(self.layout.num_blocks, description.num_leases)
+        fields = fields_of(description)
         arrays = {name: array(name, dtype, shape) for name, dtype, shape in fields}
         self._head = arrays["head"]
         self._state, self._private = arrays["state"], arrays["private"]
@@ -209,7 +132,7 @@ class PoolStore:
         self._seen_version = 0
         self._slot_of: dict[bytes, int] = {}  # mirror: key to its ready slot
         self._key_of: dict[int, bytes] = {}
-        if int(self._head[_Head.MAGIC]) != _MAGIC:
+        if int(self._head[Head.MAGIC]) != MAGIC:
             self.close()
             raise TransportError("the file descriptor is not a shared pool")
 
@@ -233,16 +156,16 @@ class PoolStore:
         try:
             self._flock()
             try:
-                if self._head[_Head.DIRTY]:
+                if self._head[Head.DIRTY]:
                     self._repair()
-                self._head[_Head.DIRTY] = 1
+                self._head[Head.DIRTY] = 1
                 self._refresh()
                 try:
                     yield
                 except TransportError:  # raised before anything was changed
-                    self._head[_Head.DIRTY] = 0
+                    self._head[Head.DIRTY] = 0
                     raise
-                self._head[_Head.DIRTY] = 0
+                self._head[Head.DIRTY] = 0
             finally:
                 fcntl.flock(self._fd, fcntl.LOCK_UN)
         finally:
@@ -276,7 +199,7 @@ class PoolStore:
 
     def _refresh(self) -> None:
         """Bring the mirror up to date."""
-        version = int(self._head[_Head.VERSION])
+        version = int(self._head[Head.VERSION])
         if version == self._seen_version:
             return
         stale = np.flatnonzero(self._changed > self._seen_version)
@@ -298,15 +221,15 @@ class PoolStore:
 
     def _touch(self, slots: npt.NDArray[Any]) -> None:
         """Tell all mirrors that the keys of `slots` changed."""
-        version = int(self._head[_Head.VERSION]) + 1
+        version = int(self._head[Head.VERSION]) + 1
         self._changed[slots] = version
-        self._head[_Head.VERSION] = version
+        self._head[Head.VERSION] = version
 
     def _use(self, slots: Sequence[int]) -> None:
         """Note a use, for LRU. Slots come in block order: later blocks are to go first."""
-        tick = int(self._head[_Head.TICK]) + len(slots)
+        tick = int(self._head[Head.TICK]) + len(slots)
         self._used[_ids(slots)] = tick - np.arange(len(slots))
-        self._head[_Head.TICK] = tick
+        self._head[Head.TICK] = tick
 
     # ---- leases
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 
+from pdrelay.engine.kernels.decode_cut import DecodeCut
 from pdrelay.engine.remote_store import RemoteStore
 
 
@@ -30,15 +31,14 @@ class DecodeSegment:
     """Rows `start .. start + B`, one token of one request each.
 
     `block_tables`: int32 [B, max_blocks], contiguous. `seq_lens`: int32 [B], the tokens attended
-    to, the new one included. On CUDA a length of 0 marks a padding row, and `num_splits` and
-    `extra_parts` say how rows' keys are cut (`GpuKernels.extra_parts`).
+    to, the new one included. On CUDA a length of 0 marks a padding row, and `cut` says how rows'
+    keys are cut.
     """
 
     start: int
     block_tables: torch.Tensor
     seq_lens: torch.Tensor
-    num_splits: int = 1
-    extra_parts: torch.Tensor | None = None
+    cut: DecodeCut = field(default_factory=DecodeCut)
 
     @property
     def num_rows(self) -> int:

@@ -74,8 +74,7 @@ class CudaAttention:
                 decode.seq_lens,
                 self._shape.scale,
                 out[rows],
-                decode.num_splits,
-                decode.extra_parts,
+                decode.cut,
             )
         for i, segment in enumerate(prefills):
             rows = slice(segment.start, segment.start + segment.length)

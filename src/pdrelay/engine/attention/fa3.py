@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from pdrelay.engine.attention.base import AttentionShape
+from pdrelay.engine.kernels.decode_cut import DecodeCut
 from pdrelay.errors import LaunchError
 
 Attend = Callable[..., Any]  # vllm.vllm_flash_attn.flash_attn_varlen_func
@@ -47,10 +48,9 @@ class Fa3Paged:
         seq_lens: torch.Tensor,
         scale: float,
         out: torch.Tensor,
-        num_splits: int,
-        extra_parts: torch.Tensor | None,
+        cut: DecodeCut,
     ) -> None:
-        """The last two are the Triton kernel's; FA3 has a rule of its own."""
+        """`cut` is the Triton kernel's; FA3 has a rule of its own."""
         batch = q.shape[0]
         if batch >= len(self._starts):
             self._starts = torch.arange(2 * batch, dtype=torch.int32, device=self._device)

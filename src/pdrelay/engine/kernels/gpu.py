@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch.nn import functional
 
+from pdrelay.engine.kernels.decode_cut import DecodeCut
 from pdrelay.engine.layers import HeadNorms, rms_norm, rotate
 
 
@@ -25,11 +26,10 @@ class PagedAttention(Protocol):
         seq_lens: torch.Tensor,
         scale: float,
         out: torch.Tensor,
-        num_splits: int,
-        extra_parts: torch.Tensor | None,
+        cut: DecodeCut,
     ) -> None:
         """`out` [B, Hq * D]: row b of q over its first seq_lens[b] keys; 0 marks a padding row.
-        `extra_parts`: the step's, of the same kernels, `seq_lens` and `num_splits`."""
+        `cut`: the step's, of the same kernels and `seq_lens`."""
 
     def paged_prefill(
         self,
@@ -118,14 +118,11 @@ class GpuKernels(PagedAttention, Protocol):
     def argmax_rows(self, logits: torch.Tensor, out: torch.Tensor) -> None:
         """`out` int64 [B]: the first index of each row's maximum."""
 
-    def num_splits(self, batch: int, num_kv_heads: int, max_seq_len: int) -> int:
-        """Parts of a decode row's keys, by batch bucket and the longest sequence there may be."""
-
-    def extra_parts(
-        self, seq_lens: torch.Tensor, num_splits: int, num_kv_heads: int
-    ) -> torch.Tensor | None:
-        """What `paged_decode` needs to cut rows that are too long finer; once a step. `seq_lens`:
-        int32 [B]."""
+    def decode_cut(
+        self, seq_lens: torch.Tensor, bucket: int, num_kv_heads: int, max_seq_len: int
+    ) -> DecodeCut:
+        """For `paged_decode` of these `seq_lens`, int32 [B], B <= `bucket`; once a step. All rows
+        by batch bucket and the longest sequence there may be, too long ones by their lengths."""
 
 
 class TorchKernels:
@@ -229,8 +226,7 @@ class TorchKernels:
         seq_lens: torch.Tensor,
         scale: float,
         out: torch.Tensor,
-        num_splits: int,
-        extra_parts: torch.Tensor | None,
+        cut: DecodeCut,
     ) -> None:
         for row, (table, length) in enumerate(zip(block_tables, seq_lens.tolist(), strict=True)):
             if length == 0:
@@ -263,13 +259,10 @@ class TorchKernels:
     def argmax_rows(self, logits: torch.Tensor, out: torch.Tensor) -> None:
         out.copy_(logits.argmax(dim=-1))
 
-    def num_splits(self, batch: int, num_kv_heads: int, max_seq_len: int) -> int:
-        return 1
-
-    def extra_parts(
-        self, seq_lens: torch.Tensor, num_splits: int, num_kv_heads: int
-    ) -> torch.Tensor | None:
-        return None
+    def decode_cut(
+        self, seq_lens: torch.Tensor, bucket: int, num_kv_heads: int, max_seq_len: int
+    ) -> DecodeCut:
+        return DecodeCut()
 
 
 def _store(pages: torch.Tensor, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -437,8 +430,7 @@ class TritonKernels:
         seq_lens: torch.Tensor,
         scale: float,
         out: torch.Tensor,
-        num_splits: int,
-        extra_parts: torch.Tensor | None,
+        cut: DecodeCut,
     ) -> None:
         self._decode.paged_decode(
             q,
@@ -448,8 +440,7 @@ class TritonKernels:
             scale,
             out,
             self._workspace,
-            num_splits,
-            extra_parts,
+            cut,
             stages=self.decode_stages,
             pdl=self.pdl if self.decode_pdl is None else self.decode_pdl,
         )
@@ -470,12 +461,11 @@ class TritonKernels:
         workspace = self._argmax_workspace if logits.shape[0] <= self._max_batch else None
         self._sample.argmax_rows(logits, out, workspace, pdl=self.pdl)
 
-    def num_splits(self, batch: int, num_kv_heads: int, max_seq_len: int) -> int:
-        return self._decode.split_rule(batch, num_kv_heads, max_seq_len, self._num_sms)
-
-    def extra_parts(
-        self, seq_lens: torch.Tensor, num_splits: int, num_kv_heads: int
-    ) -> torch.Tensor | None:
+    def decode_cut(
+        self, seq_lens: torch.Tensor, bucket: int, num_kv_heads: int, max_seq_len: int
+    ) -> DecodeCut:
+        num_splits = self._decode.split_rule(bucket, num_kv_heads, max_seq_len, self._num_sms)
         if num_splits == self._decode.MAX_SPLITS:
-            return None
-        return self._parts.extra_parts(seq_lens, num_splits, num_kv_heads, self._num_sms)
+            return DecodeCut(num_splits)
+        extra = self._parts.extra_parts(seq_lens, num_splits, num_kv_heads, self._num_sms)
+        return DecodeCut(num_splits, extra)

@@ -6,7 +6,9 @@ import shlex
 from collections.abc import Callable, Sequence
 
 from pdrelay.lab import fmt, plots
+from pdrelay.lab.blocks import empty, note, plot_row
 from pdrelay.lab.html import Markup, el, join, table
+from pdrelay.lab.kv.columns import SERVE, SIDE_BY_SIDE, TRANSFERS, cells, heads
 from pdrelay.lab.kv.exercise import corrections
 from pdrelay.lab.kv.figures import KvSummary, LinkFigures, ServeRow, TransferRow
 from pdrelay.lab.report.sections import environment_table
@@ -15,14 +17,6 @@ from pdrelay.lab.stats import Estimate
 PLAIN_COPY = "plain copy"
 _COPY_COLOUR = 3
 FOREIGN_CORES = 0.25  # kept busy by others: figures are worse than they need to be
-
-
-def _note(text: str) -> Markup:
-    return el("p", text, class_="note")
-
-
-def _plots(*figures: Markup) -> Markup:
-    return el("div", *figures, class_="plots")
 
 
 # ---- lead
@@ -65,7 +59,7 @@ def measured_sentences(summary: KvSummary) -> list[str]:
 
 def crossover_sentence(row: LinkFigures) -> str:
     """Where moving costs more than computing."""
-    where = f"{row.model}{f', TP={row.tp}' if row.tp > 1 else ''} over {row.link}"
+    where = f"{model_name(row)} over {row.link}"
     if row.bulk_above is None:
         return f"{where}: moving never takes as long as prefill, at any length (predicted)."
     return (
@@ -87,7 +81,7 @@ def transports(summary: KvSummary) -> list[str]:
 
 def transfers_section(summary: KvSummary) -> Markup:
     if not summary.transfers:
-        return el("p", "Transfers were not measured in this run.", class_="empty")
+        return empty("Transfers were not measured in this run.")
     size = min(row.block_size for row in summary.transfers)
     rows = [
         row
@@ -113,7 +107,7 @@ def transfers_section(summary: KvSummary) -> Markup:
     peak = summary.peak_gb_per_s
     return join(
         [
-            _note(
+            note(
                 "Between two processes, over the transports that the server uses. At once: from "
                 "the first piece to the consumer knowing that all is there. Plain copy: the same "
                 "bytes, one piece, between the same two pools, in turn with the transfers; its "
@@ -121,7 +115,7 @@ def transfers_section(summary: KvSummary) -> Markup:
                 "a stand-in for its computation (matrix products, as long as prefill; on a CPU at "
                 "most 30 ms a prompt)."
             ),
-            _plots(*charts),
+            plot_row(*charts),
             _transfers_table(summary),
         ]
     )
@@ -174,29 +168,8 @@ def _pages_chart(summary: KvSummary) -> Markup:
 
 
 def _transfers_table(summary: KvSummary) -> Markup:
-    head = ["transport", "pages", "placement", "tokens", "bytes", "pieces", "a piece"]
-    head += ["at once, ms", "busy, ms", "GB/s", "of a plain copy"]
-    head += ["layer by layer: left after, ms", "computation longer by, ms", "of it alone"]
-    rows = [
-        [
-            row.transport,
-            row.block_size,
-            row.placement,
-            fmt.tokens(row.tokens),
-            fmt.num_bytes(row.num_bytes),
-            fmt.number(row.num_pieces),
-            fmt.num_bytes(row.num_bytes / row.num_pieces) if row.num_pieces else fmt.NONE,
-            fmt.estimate(row.bulk),
-            fmt.estimate(row.busy),
-            fmt.estimate(row.gb_per_s),
-            fmt.share(row.copy_share),
-            fmt.estimate(row.exposed),
-            fmt.estimate(row.added),
-            fmt.times(row.slowed),
-        ]
-        for row in summary.transfers
-    ]
-    return table(head, rows, text_columns=3, caption="Medians with 95 % intervals.")
+    rows = [cells(TRANSFERS, row) for row in summary.transfers]
+    return table(heads(TRANSFERS), rows, text_columns=3, caption="Medians with 95 % intervals.")
 
 
 # ---- servers
@@ -205,38 +178,24 @@ def _transfers_table(summary: KvSummary) -> Markup:
 def side_by_side_section(summary: KvSummary) -> Markup:
     """How much slower a prefill is that hands its KV over."""
     if not summary.side_by_side:
-        return el("p", "No servers ran side by side in this run.", class_="empty")
-    head = ["tokens", "pairs", "prefill P/D, ms", "1 replica", "ratio"]
-    head += ["TTFT P/D, ms", "1 replica", "ratio"]
-    rows = [
-        [
-            fmt.tokens(row.tokens),
-            row.prefill_ratio.n,
-            fmt.estimate(row.prefill),
-            fmt.estimate(row.prefill_alone),
-            fmt.times(row.prefill_ratio),
-            fmt.estimate(row.ttft),
-            fmt.estimate(row.ttft_alone),
-            fmt.times(row.ttft_ratio),
-        ]
-        for row in summary.side_by_side
-    ]
+        return empty("No servers ran side by side in this run.")
+    rows = [cells(SIDE_BY_SIDE, row) for row in summary.side_by_side]
     return join(
         [
-            _note(
+            note(
                 "P/D and one replica run at the same time on the same devices, and each prompt "
                 "goes to both, one right after the other in random order, while nothing else "
                 "runs. Prefill: from its first chunk's launch to its last chunk's end, as the "
                 "ranks saw it. Ratio: median over the pairs, so that drift cancels."
             ),
-            table(head, rows, caption="Medians with 95 % intervals."),
+            table(heads(SIDE_BY_SIDE), rows, caption="Medians with 95 % intervals."),
         ]
     )
 
 
 def serve_section(summary: KvSummary) -> Markup:
     if not summary.serve:
-        return el("p", "Servers were not started in this run.", class_="empty")
+        return empty("Servers were not started in this run.")
     picks: tuple[tuple[str, int, Callable[[ServeRow], Estimate]], ...] = (
         ("P/D 1:1", 0, lambda row: row.ttft),
         ("1 replica", 1, lambda row: row.ttft_alone),
@@ -247,42 +206,21 @@ def serve_section(summary: KvSummary) -> Markup:
         ("transfer after prefill's end", 2, lambda row: row.transfer_tail),
     )
     ttft, parts = _serve_series(summary, picks), _serve_series(summary, exposed)
-    head = ["tokens", "n", "TTFT P/D, ms", "TTFT 1 replica", "ratio", "prefill P/D, ms"]
-    head += ["prefill 1 replica", "ratio", "TTST − TTFT − ITL, P/D", "the same, 1 replica"]
-    head += ["transfer busy, ms", "after prefill, ms", "bytes", "pieces"]
-    rows = [
-        [
-            fmt.tokens(row.tokens),
-            f"{row.ttft.n} / {row.ttft_alone.n}",
-            fmt.estimate(row.ttft),
-            fmt.estimate(row.ttft_alone),
-            fmt.times(row.ttft_ratio),
-            fmt.estimate(row.prefill),
-            fmt.estimate(row.prefill_alone),
-            fmt.times(row.prefill_ratio),
-            fmt.estimate(row.hand_over),
-            fmt.estimate(row.hand_over_alone),
-            fmt.estimate(row.transfer_busy),
-            fmt.estimate(row.transfer_tail),
-            fmt.num_bytes(row.num_bytes),
-            fmt.number(row.num_pieces),
-        ]
-        for row in summary.serve
-    ]
+    rows = [cells(SERVE, row) for row in summary.serve]
     return join(
         [
-            _note(
+            note(
                 "Real servers, one after the other in each repeat, one request at a time, distinct "
                 "random prompts. The prefill side streams the first token itself, so a hand-over "
                 "can show in TTFT only by slowing prefill; what is left to move delays the second "
                 "token. The servers' own report lies in serve/report.html."
             ),
-            _plots(
+            plot_row(
                 _by_length("TTFT p50, ms (log)", ttft, "ms (log)", log_y=True),
                 _by_length("What is exposed, p50, ms", parts, "ms"),
             ),
-            table(head, rows, caption="Medians with 95 % intervals."),
-            *(_note(text) for text in summary.serve_notes),
+            table(heads(SERVE), rows, caption="Medians with 95 % intervals."),
+            *(note(text) for text in summary.serve_notes),
         ]
     )
 
@@ -303,11 +241,11 @@ def prediction_section(summary: KvSummary) -> Markup:
     groups: dict[tuple[str, int, str], list[LinkFigures]] = {}
     for row in summary.predictions:
         groups.setdefault((row.model, row.tp, row.compute), []).append(row)
-    charts = [_prediction_chart(key, rows) for key, rows in groups.items()]
+    charts = [_prediction_chart(rows) for rows in groups.values()]
     head = ["model", "on", "link", "GB/s", "moving exceeds prefill", "layer-wise"]
     rows = [
         [
-            f"{row.model}{f', TP={row.tp}' if row.tp > 1 else ''}",
+            model_name(row),
             row.compute,
             row.link,
             f"{fmt.number(row.link_gb_per_s)} {'the host' if row.shared else 'a rank'}",
@@ -316,20 +254,15 @@ def prediction_section(summary: KvSummary) -> Markup:
         ]
         for row in summary.predictions
     ]
-    sources = dict.fromkeys(
-        text
-        for row in summary.predictions
-        for text in (f"{row.compute}: {row.compute_source}", f"{row.link}: {row.link_source}")
-    )
     return join(
         [
-            _note(
+            note(
                 "Roofline: prefill = max(FLOP / rate, weights / memory bandwidth), with FLOP = "
                 "2 × layer weights × T + 4 × L × H × D × T² / 2 (causal) + the last token's "
                 "logits; transfer = bytes / link. Layer by layer, one layer is left after prefill "
                 "while the link keeps up; a slower link has transfer − (L − 1)/L × prefill left."
             ),
-            _plots(*charts),
+            plot_row(*charts),
             table(
                 head,
                 rows,
@@ -338,8 +271,23 @@ def prediction_section(summary: KvSummary) -> Markup:
                 "Such a span has an end: prefill grows with the square of the length.",
             ),
             _points_table(summary),
-            el("ul", *(el("li", text) for text in sources)),
+            el("ul", *(el("li", text) for text in sources(summary))),
         ]
+    )
+
+
+def model_name(row: LinkFigures) -> str:
+    return row.model + (f", TP={row.tp}" if row.tp > 1 else "")
+
+
+def sources(summary: KvSummary) -> list[str]:
+    """Where the predictions' rates are from, one line each."""
+    return list(
+        dict.fromkeys(
+            text
+            for row in summary.predictions
+            for text in (f"{row.compute}: {row.compute_source}", f"{row.link}: {row.link_source}")
+        )
     )
 
 
@@ -347,8 +295,7 @@ def span(above: float | None, below: float | None) -> str:
     return "never" if above is None else f"{_tokens(above)} to {_tokens(below)} tokens"
 
 
-def _prediction_chart(key: tuple[str, int, str], rows: Sequence[LinkFigures]) -> Markup:
-    model, tp, compute = key
+def _prediction_chart(rows: Sequence[LinkFigures]) -> Markup:
     series = [
         plots.Series(
             row.link,
@@ -359,7 +306,7 @@ def _prediction_chart(key: tuple[str, int, str], rows: Sequence[LinkFigures]) ->
     ]
     prefill = [plots.Point(p.tokens, Estimate(value=p.prefill)) for p in rows[0].points]
     series.append(plots.Series("prefill", len(rows), prefill, dashed=True))
-    name = f"{model}{f', TP={tp}' if tp > 1 else ''} on {compute}"
+    name = f"{model_name(rows[0])} on {rows[0].compute}"
     return _by_length(f"Predicted: {name}, ms (log)", series, "ms (log)", log_y=True)
 
 
@@ -368,7 +315,7 @@ def _points_table(summary: KvSummary) -> Markup:
     head += ["layer-wise, ms", "prefill makes KV at"]
     rows = [
         [
-            f"{row.model}{f', TP={row.tp}' if row.tp > 1 else ''} on {row.compute}",
+            f"{model_name(row)} on {row.compute}",
             row.link,
             fmt.tokens(point.tokens),
             fmt.num_bytes(point.num_bytes),
@@ -397,13 +344,13 @@ def environment_section(summary: KvSummary) -> Markup:
     where = f"Measured on {run.device_words}. " if run.device_words else ""
     return join(
         [
-            _note(
+            note(
                 f"{where}pdrelay {run.pdrelay_version}, commit {run.git_commit or 'unknown'}, "
                 f"{run.started} to {run.ended or '?'}."
             ),
             environment_table(summary.environment),
             el("pre", shlex.join(run.argv)),
-            *(_note(text) for text in warnings(summary)),
+            *(note(text) for text in warnings(summary)),
         ]
     )
 

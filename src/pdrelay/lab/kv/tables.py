@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 
 from pdrelay.lab import fmt
+from pdrelay.lab.kv.columns import SERVE, SIDE_BY_SIDE, TRANSFERS, Column, Row, cells, heads
 from pdrelay.lab.kv.figures import KvSummary, TransferRow
-from pdrelay.lab.kv.sections import span, transports, warnings
+from pdrelay.lab.kv.sections import model_name, sources, span, transports, warnings
 from pdrelay.lab.report.tables import add_row, make_table
 
 
@@ -61,69 +64,27 @@ def _select(summary: KvSummary, block_size: int, placement: str) -> list[Transfe
 
 def _pages(summary: KvSummary, console: Console) -> None:
     longest = max(row.tokens for row in summary.transfers)
-    table = make_table(
-        f"{longest:,} tokens by page size and placement",
-        *("transport", "pages", "placement", "pieces", "a piece", "ms", "GB/s"),
-        *("of a plain copy", "layer-wise: computation"),
-    )
-    for row in summary.transfers:
-        if row.tokens == longest:
-            add_row(
-                table,
-                row.transport,
-                str(row.block_size),
-                row.placement,
-                fmt.number(row.num_pieces),
-                fmt.num_bytes(row.num_bytes / max(row.num_pieces, 1)),
-                fmt.estimate(row.bulk),
-                fmt.number(row.gb_per_s.value),
-                fmt.share(row.copy_share),
-                fmt.times(row.slowed),
-            )
-    console.print(table)
+    rows = [row for row in summary.transfers if row.tokens == longest]
+    _print(console, f"{longest:,} tokens by page size and placement", TRANSFERS, rows)
 
 
 def _side_by_side(summary: KvSummary, console: Console) -> None:
-    table = make_table(
-        "Prefill slowed by the hand-over: P/D 1:1 and 1 replica side by side, medians, ms",
-        *("tokens", "pairs", "prefill P/D", "1 replica", "ratio", "TTFT P/D", "1 replica", "ratio"),
-    )
-    for row in summary.side_by_side:
-        add_row(
-            table,
-            fmt.tokens(row.tokens),
-            str(row.prefill_ratio.n),
-            fmt.estimate(row.prefill),
-            fmt.estimate(row.prefill_alone),
-            fmt.times(row.prefill_ratio),
-            fmt.estimate(row.ttft),
-            fmt.estimate(row.ttft_alone),
-            fmt.times(row.ttft_ratio),
-        )
-    console.print(table)
+    title = "Prefill slowed by the hand-over: P/D 1:1 and 1 replica side by side, medians"
+    _print(console, title, SIDE_BY_SIDE, summary.side_by_side)
 
 
 def _serve(summary: KvSummary, console: Console) -> None:
-    table = make_table(
-        "Real servers: P/D 1:1 beside 1 replica, medians, ms",
-        *("tokens", "TTFT P/D", "1 replica", "ratio", "prefill P/D", "1 replica", "ratio"),
-        *("TTST − TTFT − ITL", "1 replica", "transfer busy", "after prefill"),
-    )
-    for row in summary.serve:
-        add_row(
-            table,
-            fmt.tokens(row.tokens),
-            fmt.estimate(row.ttft),
-            fmt.estimate(row.ttft_alone),
-            fmt.times(row.ttft_ratio),
-            fmt.estimate(row.prefill),
-            fmt.estimate(row.prefill_alone),
-            fmt.times(row.prefill_ratio),
-            fmt.estimate(row.hand_over),
-            fmt.estimate(row.hand_over_alone),
-            fmt.estimate(row.transfer_busy),
-            fmt.estimate(row.transfer_tail),
-        )
+    title = "Real servers: P/D 1:1 beside 1 replica, medians"
+    _print(console, title, SERVE, summary.serve)
+
+
+def _print(
+    console: Console, title: str, columns: Sequence[Column[Row]], rows: Sequence[Row]
+) -> None:
+    shown = [column for column in columns if not column.page_only]
+    table = make_table(title, *heads(shown))
+    for row in rows:
+        add_row(table, *cells(shown, row))
     console.print(table)
 
 
@@ -137,7 +98,7 @@ def _crossovers(summary: KvSummary, console: Console) -> None:
         point = next((p for p in row.points if p.tokens == 8192), row.points[-1])
         add_row(
             table,
-            row.model + (f", TP={row.tp}" if row.tp > 1 else ""),
+            model_name(row),
             row.compute,
             row.link,
             fmt.number(row.link_gb_per_s),
@@ -149,9 +110,5 @@ def _crossovers(summary: KvSummary, console: Console) -> None:
             span(row.layerwise_above, row.layerwise_below),
         )
     console.print(table)
-    for text in dict.fromkeys(
-        text
-        for row in summary.predictions
-        for text in (f"{row.compute}: {row.compute_source}", f"{row.link}: {row.link_source}")
-    ):
+    for text in sources(summary):
         console.print(f"- {text}", markup=False, highlight=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pdrelay.lab import fmt, plots
+from pdrelay.lab.blocks import empty, note, plot_row
 from pdrelay.lab.html import Markup, el, join, table
 from pdrelay.lab.report.figures import GpuRow, GpuTrack, Summary
 from pdrelay.lab.report.sections import EXPERIMENT_TITLES
@@ -13,25 +14,21 @@ def gpu_section(summary: Summary) -> Markup:
     gpu = summary.gpu
     if not gpu.rows:
         reason = "; ".join(gpu.missing) or "this run has no samples"
-        return el("p", f"No GPU was sampled: {reason}.", class_="empty")
+        return empty(f"No GPU was sampled: {reason}.")
     return join(
         [
-            _note(
+            note(
                 "NVML's GPM counters, averaged over each sample's 100 ms. Means over the "
                 "experiment's traffic, idle gaps included; “at work” takes only samples in which "
                 "the instance prefilled or decoded throughout. Instances have their GPUs "
                 + "; ".join(gpu.assignment)
                 + "."
             ),
-            el("div", *_charts(summary), class_="plots"),
+            plot_row(*_charts(summary)),
             _table(summary),
             el("ul", *(el("li", text) for text in _devices(summary))),
         ]
     )
-
-
-def _note(text: str) -> Markup:
-    return el("p", text, class_="note")
 
 
 def _devices(summary: Summary) -> list[str]:

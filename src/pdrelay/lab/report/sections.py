@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from pdrelay.lab import fmt, lanes, plots
+from pdrelay.lab.blocks import empty, note, plot_row
 from pdrelay.lab.html import Markup, el, join, table
 from pdrelay.lab.report.figures import (
     STALL,
@@ -41,16 +42,8 @@ def _order(summary: Summary) -> dict[str, int]:
     return {topology.name: index for index, topology in enumerate(summary.topologies)}
 
 
-def _note(text: str) -> Markup:
-    return el("p", text, class_="note")
-
-
-def _plots(*figures: Markup) -> Markup:
-    return el("div", *figures, class_="plots")
-
-
-def _empty(what: str) -> Markup:
-    return el("p", f"{what} was not measured in this run.", class_="empty")
+def _unmeasured(what: str) -> Markup:
+    return empty(f"{what} was not measured in this run.")
 
 
 # ---- verdict
@@ -63,7 +56,7 @@ def verdict_section(summary: Summary) -> Markup:
         "section",
         el("p", verdict.headline, class_="headline"),
         el("ul", *items),
-        _note(
+        note(
             "Each sentence follows from the tables below by the rules in pdrelay/lab/verdict.py. "
             "Brackets are 95 % intervals. Service level: " + _slo_text(summary) + "."
         ),
@@ -83,7 +76,7 @@ def _slo_text(summary: Summary) -> str:
 
 def ttft_section(summary: Summary) -> Markup:
     if not summary.ttft:
-        return _empty("TTFT against input length")
+        return _unmeasured("TTFT against input length")
     body: list[Markup] = []
     titles = {"idle": "on an idle server", "busy": "while other streams decode"}
     for condition, words in titles.items():
@@ -102,8 +95,8 @@ def ttft_section(summary: Summary) -> Markup:
             )
     return join(
         [
-            _plots(*body),
-            _note(
+            plot_row(*body),
+            note(
                 "Bars are 95 % intervals. Hollow dots are single requests, where too few were "
                 "sent for a median."
             ),
@@ -173,7 +166,7 @@ def _ratio_table(summary: Summary) -> Markup:
 
 def traffic_section(summary: Summary) -> Markup:
     if not summary.traffic:
-        return _empty("Traffic")
+        return _unmeasured("Traffic")
     rated = [row for row in summary.traffic if row.kind == "poisson"]
     charts = [
         _rate_chart(summary, rated, "TTFT p50, ms (log)", lambda row: row.ttft, log_y=True),
@@ -192,8 +185,8 @@ def traffic_section(summary: Summary) -> Markup:
     )
     return join(
         [
-            _note(f"{basis}Service level: {_slo_text(summary)}."),
-            _plots(*charts) if rated else "",
+            note(f"{basis}Service level: {_slo_text(summary)}."),
+            plot_row(*charts) if rated else "",
             _traffic_table(summary, rated, "Poisson arrivals, chat-like lengths") if rated else "",
             *(
                 _traffic_table(summary, rows, f"Trace: {workload}")
@@ -289,7 +282,7 @@ def _traffic_table(summary: Summary, rows: Sequence[TrafficRow], caption: str) -
 
 def interference_section(summary: Summary) -> Markup:
     if not summary.interference:
-        return _empty("Interference")
+        return _unmeasured("Interference")
     order = _order(summary)
     curves = []
     for row in summary.interference:
@@ -309,14 +302,14 @@ def interference_section(summary: Summary) -> Markup:
     first = summary.interference[0]
     return join(
         [
-            _note(
+            note(
                 f"{first.num_streams} streams decode; after a quiet time {first.num_long} prompts "
                 f"of {first.long_input_len:,} tokens arrive at fixed times. Busy gaps overlap the "
                 "time from a long prompt's sending to its last token; quiet ones lie before and "
                 "between, so that both meet the same context lengths; the period is everything "
                 "from the first long prompt to the last one's last token."
             ),
-            _plots(
+            plot_row(
                 plots.cdf_chart("ITL while quiet and busy", curves, x_label="ITL, ms (log)"),
                 plots.bar_chart("Worst gap, ms (log)", worst, y_label="ms (log)", log_y=True),
             ),
@@ -385,7 +378,7 @@ def _interference_table(summary: Summary) -> Markup:
 
 def shapes_section(summary: Summary) -> Markup:
     if not summary.shapes and not summary.streams:
-        return _empty("The three shapes")
+        return _unmeasured("The three shapes")
     picks: tuple[tuple[str, Callable[..., Estimate]], ...] = (
         ("TTFT p50, ms (log)", lambda row: row.ttft),
         ("ITL p50, ms", lambda row: row.itl),
@@ -437,7 +430,7 @@ def shapes_section(summary: Summary) -> Markup:
         "E2E p50",
         "tok/s",
     ]
-    return join([_plots(*charts), table(head, rows, text_columns=2), streams_table(summary)])
+    return join([plot_row(*charts), table(head, rows, text_columns=2), streams_table(summary)])
 
 
 # ---- phases, transfers, timelines
@@ -445,7 +438,7 @@ def shapes_section(summary: Summary) -> Markup:
 
 def phases_section(summary: Summary) -> Markup:
     if not summary.phases:
-        return _empty("TTFT by phase")
+        return _unmeasured("TTFT by phase")
     charts = []
     keys = sorted(
         {(row.condition != "idle", row.condition, row.input_len) for row in summary.phases}
@@ -484,12 +477,12 @@ def phases_section(summary: Summary) -> Markup:
     head += ["transfer, exposed", "return", "TTFT, mean", "transfer after prefill, hidden"]
     return join(
         [
-            _note(
+            note(
                 "Means, so that the phases add up to the mean TTFT. A hand-over delays TTFT only "
                 "where the decode side makes the first token; here the prefill side sends it, so "
                 "what is still to move then shows in the last column and in the second token."
             ),
-            _plots(*charts),
+            plot_row(*charts),
             table(head, rows, caption="All in ms.", text_columns=2),
         ]
     )
@@ -497,7 +490,7 @@ def phases_section(summary: Summary) -> Markup:
 
 def transfers_section(summary: Summary) -> Markup:
     if not summary.transfers:
-        return _empty("KV transfer")
+        return _unmeasured("KV transfer")
     rows = [
         [
             summary.label(row.topology),
@@ -521,7 +514,7 @@ def transfers_section(summary: Summary) -> Markup:
     wrong = [row.first_wrong for row in summary.transfers if row.first_wrong]
     return join(
         [
-            _note(
+            note(
                 "Medians over the transfers. Busy is time inside copies or socket calls, GB/s is "
                 "bytes over busy time of what was copied: pages that the kernels of prefill stored "
                 "into the consumer's memory cost no time of their own. Wall is first piece to "
@@ -544,7 +537,7 @@ def _bytes_verdict(matched: int, wrong: int, unverified: int) -> Markup:
 
 def timelines_section(summary: Summary) -> Markup:
     if not summary.timelines:
-        return _empty("A request's timeline")
+        return _unmeasured("A request's timeline")
     until = max(timeline.until for timeline in summary.timelines)
     keys = [(f"k-{kind}", words) for kind, words in lanes.KINDS]
     charts = [
@@ -553,12 +546,12 @@ def timelines_section(summary: Summary) -> Markup:
     ]
     return join(
         [
-            _note(
+            note(
                 "The request of median TTFT among the idle probes nearest to 2,048 tokens, all on "
                 "one scale; dots are tokens. trace.json holds every request: open it in Perfetto."
             ),
             plots.legend(keys),
-            _plots(*charts),
+            plot_row(*charts),
         ]
     )
 
@@ -585,7 +578,7 @@ def validity_section(summary: Summary) -> Markup:
         ]
         head = ["", "topology", "experiment", "case", "what"]
         parts.append(table(head, rows, text_columns=5))
-    parts += [el("p", note, class_="note") for note in summary.run.notes]
+    parts += [note(text) for text in summary.run.notes]
     return join(parts)
 
 
@@ -661,7 +654,7 @@ def commands_section(summary: Summary) -> Markup:
     commands = [shlex.join(run.argv), *(shlex.join(t.argv) for t in summary.topologies)]
     return join(
         [
-            _note(
+            note(
                 f"pdrelay {run.pdrelay_version}, commit {run.git_commit or 'unknown'}, "
                 f"seeds {', '.join(map(str, run.seeds))}, {run.started} to {run.ended or '?'}."
             ),

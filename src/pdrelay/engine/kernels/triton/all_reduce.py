@@ -131,17 +131,9 @@ def _exchange(
     own_inbox = tl.load(inboxes_ptr + RANK)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    state = state_ptr + program * 2
-    count = tl.load(state)
-    lost = tl.load(state + 1)
-    mine = tl.load(x_ptr + packets, mask=inside, other=0)
-    flag = count + 1
-    place = (program * 2 + (count & 1)) * WORLD
-    if SEND:
-        for peer in tl.static_range(WORLD):
-            if peer != RANK:
-                inbox = tl.load(inboxes_ptr + peer)
-                send(packets_at(inbox, place + RANK, SIZE), mine, flag, INTERPRET)
+    mine, flag, place, lost = begin_exchange(
+        x_ptr + packets, inside, inboxes_ptr, state_ptr, RANK, WORLD, SEND, SIZE, INTERPRET
+    )
     if RECEIVE:
         patience = tl.where(lost != 0, 0, timeout_us).to(tl.int64) * 1000
         late = tl.zeros((SIZE,), tl.int32)
@@ -172,9 +164,47 @@ def _exchange(
             if LANES == 4:
                 value |= at_lane(total2, 2, DTYPE) | at_lane(total3, 3, DTYPE)
             tl.store(out_ptr + packets, value, mask=inside)
-        any_late = tl.max(late, 0)
-        tl.debug_barrier()  # every warp has read the counter
-        tl.store(state, flag)
-        if any_late != 0:
-            tl.store(state + 1, 1)
-            tl.store(failed_ptr, 1)
+        end_exchange(state_ptr, failed_ptr, flag, late)
+
+
+@triton.jit
+def begin_exchange(
+    x_at: tl.tensor,
+    inside: tl.tensor,
+    inboxes_ptr: tl.tensor,
+    state_ptr: tl.tensor,
+    RANK: tl.constexpr,
+    WORLD: tl.constexpr,
+    SEND: tl.constexpr,
+    SIZE: tl.constexpr,
+    INTERPRET: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Send this program's packets, those at `x_at`, to every peer. Returns (the packets, the flag
+    of this exchange, rank 0's place in the inboxes, whether a peer was lost before)."""
+    program = tl.program_id(0)
+    state = state_ptr + program * 2
+    count = tl.load(state)
+    lost = tl.load(state + 1)
+    mine = tl.load(x_at, mask=inside, other=0)
+    flag = count + 1
+    place = (program * 2 + (count & 1)) * WORLD
+    if SEND:
+        for peer in tl.static_range(WORLD):
+            if peer != RANK:
+                inbox = tl.load(inboxes_ptr + peer)
+                send(packets_at(inbox, place + RANK, SIZE), mine, flag, INTERPRET)
+    return mine, flag, place, lost
+
+
+@triton.jit
+def end_exchange(
+    state_ptr: tl.tensor, failed_ptr: tl.tensor, flag: tl.tensor, late: tl.tensor
+) -> None:
+    """`late` [SIZE]: where a peer's packet did not come in time."""
+    state = state_ptr + tl.program_id(0) * 2
+    any_late = tl.max(late, 0)
+    tl.debug_barrier()  # every warp has read the counter
+    tl.store(state, flag)
+    if any_late != 0:
+        tl.store(state + 1, 1)
+        tl.store(failed_ptr, 1)

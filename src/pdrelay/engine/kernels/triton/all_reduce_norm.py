@@ -10,9 +10,15 @@ import torch
 import triton
 import triton.language as tl
 
-from pdrelay.engine.kernels.triton.all_reduce import DTYPES, PACKET_BYTES, Exchange
+from pdrelay.engine.kernels.triton.all_reduce import (
+    DTYPES,
+    PACKET_BYTES,
+    Exchange,
+    begin_exchange,
+    end_exchange,
+)
 from pdrelay.engine.kernels.triton.launch import WARP, interpreting, pdl_flags
-from pdrelay.engine.kernels.triton.packets import at_lane, lane, packets_at, receive, send
+from pdrelay.engine.kernels.triton.packets import at_lane, lane, packets_at, receive
 
 _MAX_WARPS = 32
 
@@ -103,17 +109,10 @@ def _exchange_add_rms_norm(
     weight = tl.load(weight_ptr + places, mask=inside, other=0)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    state = state_ptr + row * 2
-    count = tl.load(state)
-    lost = tl.load(state + 1)
-    mine = tl.load(x_ptr + row * WIDTH + places, mask=inside, other=0)
-    flag = count + 1
-    place = (row * 2 + (count & 1)) * WORLD
-    if SEND:
-        for peer in tl.static_range(WORLD):
-            if peer != RANK:
-                inbox = tl.load(inboxes_ptr + peer)
-                send(packets_at(inbox, place + RANK, SIZE), mine, flag, INTERPRET)
+    x_at = x_ptr + row * WIDTH + places
+    mine, flag, place, lost = begin_exchange(
+        x_at, inside, inboxes_ptr, state_ptr, RANK, WORLD, SEND, SIZE, INTERPRET
+    )
     if RECEIVE:
         residual = tl.load(residual_ptr + row * WIDTH + places, mask=inside, other=0)
         LANES: tl.constexpr = 64 // DTYPE.primitive_bitwidth
@@ -154,12 +153,7 @@ def _exchange_add_rms_norm(
             normed |= at_lane(_rounded(sum2 * scale, DTYPE) * lane(weight, 2, DTYPE), 2, DTYPE)
             normed |= at_lane(_rounded(sum3 * scale, DTYPE) * lane(weight, 3, DTYPE), 3, DTYPE)
         tl.store(out_ptr + row * WIDTH + places, normed, mask=inside)
-        any_late = tl.max(late, 0)
-        tl.debug_barrier()  # every warp has read the counter
-        tl.store(state, flag)
-        if any_late != 0:
-            tl.store(state + 1, 1)
-            tl.store(failed_ptr, 1)
+        end_exchange(state_ptr, failed_ptr, flag, late)
 
 
 @triton.jit

@@ -1,10 +1,10 @@
 """Decode attention over pages: one query token a row, split over the keys (Flash-Decoding: Dao et
 al., 2023), the query heads of a KV head packed into one tile.
 
-Bits: a row's result depends on its own query, keys, length, `num_splits` and, where `extras` cut
-rows finer, on the part length that they name; on nothing else: not on the batch's size, the row's
-place in it or the order in which programs finish. Another `num_splits`, `fused` on or off, another
-`stages` or `warps`: another order of sums, and last bits that may differ.
+Bits: a row's result depends on its own query, keys, length, `num_splits` and, where `extra_parts`
+cut rows finer, on the part length that they name; on nothing else: not on the batch's size, the
+row's place in it or the order in which programs finish. Another `num_splits`, `fused` on or off,
+another `stages` or `warps`: another order of sums, and last bits that may differ.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from pdrelay.engine.kernels.decode_cut import DecodeCut
 from pdrelay.engine.kernels.triton.decode_parts import HEADER, wanted_parts
 from pdrelay.engine.kernels.triton.dot import dot
 from pdrelay.engine.kernels.triton.launch import (
@@ -70,8 +71,7 @@ def paged_decode(
     scale: float,
     out: torch.Tensor | None = None,
     workspace: DecodeWorkspace | None = None,
-    num_splits: int | None = None,
-    extras: torch.Tensor | None = None,
+    cut: DecodeCut | None = None,
     *,
     fused: bool = True,
     stages: int | None = None,
@@ -82,8 +82,8 @@ def paged_decode(
 
     `kv_layer`: [num_blocks, 2, block_size, Hkv, D]; `block_tables`: int32 [B, W]; `seq_lens`:
     int32 [B], the new token included; 0 marks a padding row, which gets zeros. `scale` multiplies
-    q·k. `num_splits`: by `split_rule` of the longest sequence the tables can hold unless given.
-    `extras`: `extra_parts` of these lengths and `num_splits`; needs a workspace and `fused`.
+    q·k. `cut`: by `split_rule` of the longest sequence the tables can hold unless given; its
+    `extra_parts`, those of these lengths and `num_splits`, need `fused`.
     `fused`: the last part of a row to finish combines them; else a second kernel does. `stages`:
     depth of the K/V pipeline, by `pipeline_stages` unless given.
     """
@@ -99,9 +99,10 @@ def paged_decode(
     assert out.is_contiguous()
     if batch == 0:
         return out
-    if num_splits is None:
+    if cut is None:
         longest = block_tables.shape[1] * block_size
-        num_splits = split_rule(batch, num_kv_heads, longest, num_sms(q.device))
+        cut = DecodeCut(split_rule(batch, num_kv_heads, longest, num_sms(q.device)))
+    num_splits, extras = cut.num_splits, cut.extra_parts
     assert is_power_of_2(num_splits)
     if stages is None:
         stages = pipeline_stages(

@@ -1,4 +1,4 @@
-"""From logits to tokens on the device, without waiting for it."""
+"""Greedy choice on the device, without waiting for it."""
 
 from __future__ import annotations
 
@@ -49,50 +49,6 @@ def argmax_rows(
         *best, out, parts, PARTS=triton.next_power_of_2(parts), num_warps=1, **flags
     )
     return out
-
-
-def draw_rows(
-    logits: torch.Tensor,
-    temperature: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    min_p: torch.Tensor,
-    uniforms: torch.Tensor,
-    *,
-    truncate: bool = True,
-) -> torch.Tensor:
-    """One token a row as `engine.sampler` draws it, int64 [B], without a host round trip.
-
-    `logits`: [B, V]; the rest [B]: float32 `temperature` (0: the greatest logit), int64 `top_k`
-    (0: all), float32 `top_p` and `min_p`, float64 `uniforms` in (0, 1) by `sampler.uniform`.
-    `truncate`: whether any row has top_k or top_p; without, no row is sorted.
-    """
-    greedy = temperature == 0.0
-    scaled = logits.float() / torch.where(greedy, 1.0, temperature)[:, None]
-    probs = scaled.softmax(dim=-1)
-    floor = probs.amax(dim=-1, keepdim=True) * min_p[:, None]
-    scaled = scaled.masked_fill(probs < floor, -torch.inf)
-    if truncate:
-        scaled = _truncate(scaled, top_k, top_p[:, None])
-    cumulative = scaled.double().softmax(dim=-1).cumsum(dim=-1)
-    points = uniforms.double()[:, None] * cumulative[:, -1:]
-    drawn = torch.searchsorted(cumulative, points, right=True)[:, 0]
-    drawn = drawn.clamp_(max=logits.shape[1] - 1)
-    return torch.where(greedy, logits.argmax(dim=-1), drawn)
-
-
-def _truncate(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """Bar all but the top_k likeliest tokens, then all but the fewest that hold top_p."""
-    vocab_size = logits.shape[1]
-    ascending, order = logits.sort(dim=-1)
-    kept = torch.where(top_k > 0, top_k, vocab_size).clamp(max=vocab_size)
-    least = ascending.gather(1, (vocab_size - kept)[:, None])
-    ascending = ascending.masked_fill(ascending < least, -torch.inf)
-    outside = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1.0 - top_p
-    outside &= top_p < 1.0
-    outside[:, -1] = False
-    ascending = ascending.masked_fill(outside, -torch.inf)
-    return torch.empty_like(logits).scatter_(1, order, ascending)
 
 
 @triton.jit
