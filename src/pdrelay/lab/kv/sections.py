@@ -11,7 +11,7 @@ from pdrelay.lab.html import Markup, el, join, table
 from pdrelay.lab.kv.columns import SERVE, SIDE_BY_SIDE, TRANSFERS, cells, heads
 from pdrelay.lab.kv.exercise import corrections
 from pdrelay.lab.kv.figures import KvSummary, LinkFigures, ServeRow, TransferRow
-from pdrelay.lab.report.sections import environment_table
+from pdrelay.lab.report.sections.environment import environment_table
 from pdrelay.lab.stats import Estimate
 
 PLAIN_COPY = "plain copy"

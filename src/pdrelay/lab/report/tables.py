@@ -9,7 +9,7 @@ from rich.table import Table
 
 from pdrelay.lab import fmt
 from pdrelay.lab.report.figures import Summary
-from pdrelay.lab.report.queue_section import HEAD, queue_cells
+from pdrelay.lab.report.sections.queue import HEAD, queue_cells
 
 FILE_WIDTH = 160  # columns, where the output is no terminal
 _WIDEST = 1000  # of a file with the tables: no cell of it is folded

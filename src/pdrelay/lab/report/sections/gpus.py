@@ -6,7 +6,7 @@ from pdrelay.lab import fmt, plots
 from pdrelay.lab.blocks import empty, note, plot_row
 from pdrelay.lab.html import Markup, el, join, table
 from pdrelay.lab.report.figures import GpuRow, GpuTrack, Summary
-from pdrelay.lab.report.sections import EXPERIMENT_TITLES
+from pdrelay.lab.report.sections.common import EXPERIMENT_TITLES
 
 
 def gpu_section(summary: Summary) -> Markup:

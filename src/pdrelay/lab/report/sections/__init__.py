@@ -1,0 +1,1 @@
+"""The report's sections, each drawn from the summary alone."""
