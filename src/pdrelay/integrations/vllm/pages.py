@@ -7,8 +7,9 @@ is complete for a writer even though the device may still be working on it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from pdrelay.integrations.vllm.page_layout import PageLayout
 
@@ -23,13 +24,30 @@ class Fence(Protocol):
         """Block until `done`, without holding the interpreter's lock."""
 
 
-@dataclass(frozen=True)
-class Move:
-    """One layer of blocks, from the producer's to the consumer's."""
+class Move(msgspec.Struct, frozen=True):
+    """One layer of blocks, from the producer's to the consumer's. Moves of a chunk share their
+    lists, which nobody changes."""
 
     layer: int
     src_blocks: Sequence[int]
     dst_blocks: Sequence[int]
+
+
+def alike(moves: Sequence[Move]) -> list[tuple[list[int], Move]]:
+    """Layers whose moves are the same but for them, of neighbours, and one such move."""
+    groups: list[tuple[list[int], Move]] = []
+    layers: list[int] = []
+    last: Move | None = None
+    for move in moves:
+        if (
+            last is None
+            or move.src_blocks is not last.src_blocks
+            or move.dst_blocks is not last.dst_blocks
+        ):
+            layers, last = [], move
+            groups.append((layers, move))
+        layers.append(move.layer)
+    return groups
 
 
 class PageWriter(Protocol):
@@ -52,7 +70,7 @@ class Pages(Protocol):
 
     transport: str
     layout: PageLayout
-    batch_bytes: int  # what makes a submission worth its cost; 0: every layer by itself
+    batch_bytes: int  # what makes a submission within a step worth its cost; 0: every layer
 
     def handles(self) -> tuple[list[bytes], tuple[int, ...]]:
         """What a producer's `open` needs; the file descriptors stay open here."""
