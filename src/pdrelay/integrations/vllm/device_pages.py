@@ -148,8 +148,9 @@ class DeviceWriter:
         src, dst = [], []
         for layers, move in alike(moves):
             src_blocks, dst_blocks = self._sorted(move)
-            src.append(mine.pages(layers, src_blocks))
-            dst.append(theirs.pages(layers, dst_blocks))
+            which = _as_slice(layers)
+            src.append(mine.pages(which, src_blocks))
+            dst.append(theirs.pages(which, dst_blocks))
         pairs = BlockPairs(_joined(src), _joined(dst))
         move_all = [PageMove(0, pairs)]
         copy = pages.device.copy_pages(mine.pool, theirs.pool, move_all, pages.written)
@@ -194,6 +195,12 @@ class DeviceWriter:
         for address in self._mapped.values():
             self._pages.device.close_peer(address)
         self._mapped.clear()
+
+
+def _as_slice(layers: list[int]) -> slice | list[int]:
+    """What arrays are indexed with faster, where layers follow each other."""
+    first, stop = layers[0], layers[0] + len(layers)
+    return slice(first, stop) if layers == list(range(first, stop)) else layers
 
 
 def _joined(parts: list[Blocks]) -> Blocks:

@@ -27,18 +27,18 @@ _WORD_BYTES = 4  # kernels copy these, or twice as much
 @dataclass(frozen=True)
 class PageGrid:
     """`firsts`, `strides`: int32 [layers, planes, 1], the page of block 0 and pages from block to
-    block."""
+    block; `stride`: these where all are equal."""
 
     pool: PagePool
     firsts: I32
     strides: I32
+    stride: np.int32 | None
 
-    def pages(self, layers: int | Sequence[int], blocks: I32) -> I32:
+    def pages(self, layers: int | slice | Sequence[int], blocks: I32) -> I32:
         """Pages of `blocks`, int32 [n]: int32 [layers * planes * n], layer by layer and there plane
         by plane."""
-        pages: I32 = self.strides[layers] * blocks
-        pages += self.firsts[layers]
-        return pages.reshape(-1)
+        pages: I32 = self.strides[layers] * blocks if self.stride is None else blocks * self.stride
+        return (self.firsts[layers] + pages).reshape(-1)
 
 
 def page_grid(layout: PageLayout, addresses: Sequence[int]) -> PageGrid | None:
@@ -64,7 +64,9 @@ def page_grid(layout: PageLayout, addresses: Sequence[int]) -> PageGrid | None:
         return None
     pool = PagePool(_pool_layout(page_bytes, span // page_bytes), base)
     numbers = np.array(origins, np.int32)
-    return PageGrid(pool, numbers[..., :1].copy(), numbers[..., 1:].copy())
+    firsts, strides = numbers[..., :1].copy(), numbers[..., 1:].copy()
+    stride = strides[0, 0, 0] if (strides == strides[0, 0, 0]).all() else None
+    return PageGrid(pool, firsts, strides, stride)
 
 
 def _pool_layout(page_bytes: int, num_pages: int) -> KVLayout:

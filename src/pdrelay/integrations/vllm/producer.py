@@ -228,9 +228,16 @@ class Producer:
     @property
     def needs_poll(self) -> bool:
         """Whether the engine's thread left something to do that no socket tells of."""
-        return bool(self._closing) or any(
-            link.channel.closed or link.channel.has_pending for link in self._links
+        return (
+            bool(self._closing)
+            or self.has_lost_links
+            or any(link.channel.has_pending for link in self._links)
         )
+
+    @property
+    def has_lost_links(self) -> bool:
+        """Whether `poll` should look at once."""
+        return any(link.channel.closed for link in self._links)
 
     @property
     def has_finished(self) -> bool:

@@ -105,19 +105,22 @@ class ProducerService:
 
     def _turn(self) -> None:
         with self._lock:
-            reading = [*self._producer.filenos(), self._wake_out.fileno()]
-            writing = self._producer.writable_filenos()
             fences = self._producer.open_fences()
-            deadline_ns = self._producer.next_deadline_ns()
+            lost = self._producer.has_lost_links
+            if not fences and not lost:
+                reading = [*self._producer.filenos(), self._wake_out.fileno()]
+                writing = self._producer.writable_filenos()
+                deadline_ns = self._producer.next_deadline_ns()
         if fences:
             fences[0].wait()
-        else:
-            self._wait(reading, writing, deadline_ns)
+        elif not lost and not self._wait(reading, writing, deadline_ns):
+            return
         with self._lock:
             if not self._closed:
                 self._producer.poll()
 
-    def _wait(self, reading: list[int], writing: list[int], deadline_ns: int | None) -> None:
+    def _wait(self, reading: list[int], writing: list[int], deadline_ns: int | None) -> bool:
+        """Whether there is something to poll for, not only something else to wait for."""
         timeout_ms = None
         if deadline_ns is not None:
             timeout_ms = max(0.0, (deadline_ns - self._clock()) / 1e6) + 1
@@ -126,9 +129,12 @@ class ProducerService:
             poller.register(fd, select.POLLIN)
         for fd in writing:
             poller.register(fd, select.POLLIN | select.POLLOUT)
-        poller.poll(timeout_ms)
+        ready = [fd for fd, _ in poller.poll(timeout_ms)]
+        if self._wake_out.fileno() not in ready:
+            return True
         try:
             while self._wake_out.recv(4096):
                 pass
         except BlockingIOError:
-            return
+            pass
+        return len(ready) > 1
