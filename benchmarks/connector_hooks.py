@@ -11,9 +11,10 @@ the announcement is read before the prefill, in its middle, after it, or two ste
 Medians, microseconds. `begin`: metadata bound; `layers`: all 32 layers' hooks together; `end`: the
 forward is issued; `after`: what is asked at the end of each step; `sum` of these. `answer`: the
 producer's thread holds its lock for it, to read and match the announcement. `copies` and `events`:
-submissions to the device and events recorded, a step; `turns`: how often the producer's thread was
-woken. With `--launches n` a layer also makes n short calls that let go of the interpreter's lock,
-as launching kernels does; `step` is then what a step takes longer than one without a connector.
+submissions to the device and events recorded, of the prompt's steps (after: those of the other
+thread too); `turns`: how often the producer's thread looked at its sockets meanwhile. With
+`--launches n` a layer also makes n short calls that let go of the interpreter's lock, as launching
+kernels does; `step` is then what a step takes longer than one without a connector.
 """
 
 from __future__ import annotations

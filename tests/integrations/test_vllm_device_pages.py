@@ -122,6 +122,25 @@ def test_small_layers_share_a_submission(kit):
     assert kit.arrived_values(5, D_BLOCKS)
 
 
+@pytest.mark.parametrize("batch_bytes", [0, 100, 1 << 30])
+@pytest.mark.parametrize("late_by", [0, 1, 2], ids=["before", "between chunks", "after"])
+def test_pages_are_equal_however_many_share_a_submission(kit, batch_bytes, late_by):
+    kit.p.pages.batch_bytes = batch_bytes
+    for i, stop in enumerate([8, 14, None]):
+        if i == late_by:
+            kit.load("r", PROMPT, D_BLOCKS)
+            kit.pump()
+        if stop is not None:
+            kit.compute(P_BLOCKS, stop, 5)
+    assert kit.p.device.num_copies >= 1
+    kit.p.device.run()
+    kit.pump()
+    assert kit.arrived_values(5, D_BLOCKS)
+    others = [block for block in range(80) if block not in D_BLOCKS]
+    assert not any(kit.d.blocks(layer, others).any() for layer in range(LAYERS))
+    assert ended(kit) == ({"r"}, set())
+
+
 def test_done_is_said_when_the_device_has_copied(kit):
     kit.p.pages.batch_bytes = 0  # every layer by itself, as large ones are
     kit.load("r", PROMPT, D_BLOCKS)

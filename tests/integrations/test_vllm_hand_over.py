@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdrelay.errors import ConfigError
-from pdrelay.integrations.vllm.fake_pages import fake_layout
+from pdrelay.integrations.vllm.fake_pages import PAGE_BYTES, fake_layout
 from pdrelay.integrations.vllm.step import Interest, StepPlan
 
 PROMPT = prompt_of(1, 14)  # 4 blocks, the last one with 2 tokens
@@ -473,12 +473,16 @@ EVENTS = st.lists(
 )
 
 
+BATCHES = (0, 5 * PAGE_BYTES, 1 << 30)  # every layer; a chunk's pages or two layers'; at the end
+
+
 @settings(max_examples=300)
-@given(events=EVENTS)
-def test_any_order_ends_with_all_blocks_back(tmp_path_factory, events):
+@given(events=EVENTS, batch_bytes=st.sampled_from(BATCHES))
+def test_any_order_ends_with_all_blocks_back(tmp_path_factory, events, batch_bytes):
     """One request, any order of events: each side reports it once, D's blocks are untouched
     after that, and what is reported as arrived has arrived."""
     kit = Kit(tmp_path_factory.mktemp("k"))
+    kit.source.batch_bytes = batch_bytes
     kit.new_consumer()
     kit.world.eager = False
     sent, finished, failed = [], [], set()

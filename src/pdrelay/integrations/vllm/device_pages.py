@@ -47,9 +47,10 @@ class DeviceKVPages:
     device which stream the engine launches on now; neither does anything on a fake."""
 
     transport = "cuda_ipc"
-    # 85 µs of NVLink, by which the last submission may end later. A submission costs the engine's
-    # thread some 0.1 ms, while the host that launches kernels is what bounds a short prefill.
-    batch_bytes = 32 << 20
+    # 65 µs of NVLink, by which the last submission may end later. One costs the engine's thread far
+    # more than its share of that where the host, which launches kernels, bounds a short prefill.
+    # Less than what a copy takes a whole idle device for (`CudaDevice`): more kernels come behind.
+    batch_bytes = 24 << 20
 
     def __init__(
         self,
