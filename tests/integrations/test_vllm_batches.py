@@ -197,8 +197,11 @@ def test_prompts_for_one_consumer_share_submissions(tmp_path, batch_bytes, calls
     (writer,) = [link.writer for link in run.kit.producer._links if link.writer is not None]
     real = writer.write
     writer.write = lambda moves: written.append(moves) or real(moves)
+    pushes, push = [], run.kit.producer.push
+    run.kit.producer.push = lambda: (pushes.append(1), push())
     run.step({0: 6, 2: 2}, {})  # completes blocks 1 and 2 of one, both of the other
     assert len(written) == calls
+    assert len(pushes) == calls - (batch_bytes > 0)  # none in vain
     assert sum(len(move.src_blocks) for moves in written for move in moves) == LAYERS * 4
     run.step({0: 2}, {})
     assert run.end()[3] == ["running, told, arrived", "running"] * 2

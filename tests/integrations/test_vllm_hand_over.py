@@ -69,7 +69,25 @@ def test_announced_between_two_layers(kit):
             kit.load("r", PROMPT, D_BLOCKS)
             kit.producer.poll()
 
+    landed = []
+    real = kit.producer.layer_written
+    kit.producer.layer_written = lambda layer: (real(layer), landed.append(kit.world.num_landed))
     kit.prefill("r", PROMPT, P_BLOCKS, between=announce)
+    assert landed == [0, 2, 3]  # it need not wait for the step's end
+    kit.pump()
+    assert kit.arrived(PROMPT, D_BLOCKS)
+    assert ended(kit) == ({"r"}, set())
+
+
+def test_a_step_that_never_ended_is_no_obstacle(kit):
+    """Its engine failed in between, say: nothing of the blocks that it lost then is sent."""
+    kit.load("r", PROMPT, D_BLOCKS)
+    kit.pump()
+    end_step, kit.producer.end_step = kit.producer.end_step, lambda: None
+    kit.prefill("r", PROMPT, P_BLOCKS)
+    kit.producer.end_step = end_step
+    kit.source.array[:, P_BLOCKS] = -1
+    kit.prefill("r", PROMPT, [30, 31, 32, 33], rewound=["r"])
     kit.pump()
     assert kit.arrived(PROMPT, D_BLOCKS)
     assert ended(kit) == ({"r"}, set())

@@ -172,11 +172,23 @@ def test_a_consumer_refused_by_the_engines_thread_is_let_go(kit, service):
     kit.load("r", PROMPT, D_BLOCKS)
     until(lambda: any(link.early for link in kit.producer._links), service)
     kit.world.pages.clear()  # cannot be opened
-    prefill(service, kit)
+    chunk = Chunk("r", "T-r", len(PROMPT), prompt_digest(PROMPT), P_BLOCKS, len(PROMPT))
+    service.begin_step(StepPlan(chunks=[chunk]))
+    until(lambda: not kit.producer._links, service)
     assert until_finished(kit) == {"r"}
     assert kit.consumers[0].take_failed_blocks() == set(D_BLOCKS)
-    until(lambda: not kit.producer._links, service)
+    service.end_step()
+    service.begin_step(StepPlan(held=["r"]))
     assert until_freed(service) == {"r"}
+    assert service._thread.is_alive()
+
+
+def test_what_a_socket_did_not_take_wakes_the_thread(kit):
+    kit.load("r", PROMPT, D_BLOCKS)
+    kit.pump()
+    assert not kit.producer.needs_poll
+    kit.producer._links[0].channel._pending += b"\0"
+    assert kit.producer.needs_poll
 
 
 def until(true, service: ProducerService) -> None:

@@ -157,7 +157,7 @@ class Producer:
             outgoing = self._by_request.get(request_id)
             if outgoing is not None:
                 outgoing.progress.rewind()
-                outgoing.blocks, outgoing.pairs = [], None
+                outgoing.blocks = []
         for request_id, reason in plan.dropped.items():
             outgoing = self._by_request.pop(request_id, None)
             if outgoing is not None:
