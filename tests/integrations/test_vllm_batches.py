@@ -208,6 +208,20 @@ def test_prompts_for_one_consumer_share_submissions(tmp_path, batch_bytes, calls
 
 
 @pytest.mark.parametrize("batch_bytes", BATCHES)
+def test_a_submission_that_fails_fails_all_in_it(tmp_path, batch_bytes):
+    run = Run(tmp_path, batch_bytes)
+    run.kit.targets[0].broken = True
+    for number in range(len(LENGTHS)):
+        run.announce(number)
+    run.step(dict.fromkeys(range(len(LENGTHS)), 16), {})
+    finished, failed, sent, states, _, _ = run.end()
+    assert finished == [{"r0", "r2"}, {"r1", "r3"}]
+    assert failed == [{*run.requests[0].dst, *run.requests[2].dst}, set()]
+    assert sent == {"r0", "r1", "r2", "r3"}
+    assert states == ["running", "running, told, arrived"] * 2
+
+
+@pytest.mark.parametrize("batch_bytes", BATCHES)
 def test_consumers_get_submissions_of_their_own(tmp_path, batch_bytes):
     run = Run(tmp_path, batch_bytes)
     for number in range(len(LENGTHS)):

@@ -169,6 +169,7 @@ def test_the_thread_is_woken_for_a_fence(kit, service):
 
 
 def test_a_consumer_refused_by_the_engines_thread_is_let_go(kit, service):
+    kit.producer._lease_ns = int(10 * WAIT_S * 1e9)  # no deadline wakes the thread
     kit.load("r", PROMPT, D_BLOCKS)
     until(lambda: any(link.early for link in kit.producer._links), service)
     kit.world.pages.clear()  # cannot be opened
