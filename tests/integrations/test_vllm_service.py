@@ -169,6 +169,7 @@ def test_the_thread_is_woken_for_a_fence(kit, service):
 
 
 def test_a_consumer_refused_by_the_engines_thread_is_let_go(kit, service):
+    lease_ns = kit.producer._lease_ns
     kit.producer._lease_ns = int(10 * WAIT_S * 1e9)  # no deadline wakes the thread
     kit.load("r", PROMPT, D_BLOCKS)
     until(lambda: any(link.early for link in kit.producer._links), service)
@@ -179,6 +180,7 @@ def test_a_consumer_refused_by_the_engines_thread_is_let_go(kit, service):
     assert until_finished(kit) == {"r"}
     assert kit.consumers[0].take_failed_blocks() == set(D_BLOCKS)
     service.end_step()
+    kit.producer._lease_ns = lease_ns
     service.begin_step(StepPlan(held=["r"]))
     assert until_freed(service) == {"r"}
     assert service._thread.is_alive()
