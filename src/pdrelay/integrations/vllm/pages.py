@@ -54,7 +54,8 @@ class PageWriter(Protocol):
     """A producer's way into one consumer's pages. Used under the producer's lock."""
 
     def write(self, moves: Sequence[Move]) -> int:
-        """Copy what was written before the last `kv_written`; returns the contiguous pieces.
+        """Copy what was written before the last `kv_written`, as one submission where that is
+        possible; returns the contiguous pieces. The moves may be of several prompts.
 
         Raises TransportError when the consumer's pages cannot be reached any more.
         """

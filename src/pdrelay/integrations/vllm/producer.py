@@ -136,6 +136,7 @@ class Producer:
         self._finished: set[str] = set()
         self._layer_bytes = [layer.block_bytes for layer in pages.layout.layers]  # of one block
         self._block_bytes = sum(self._layer_bytes)
+        self._page_bytes = max(self._layer_bytes)
         self._step: list[Outgoing] = []  # what this step computes
         self._written: dict[int, None] = {}  # layers of this step; engine's thread only
         self._announced = False  # whether the step computes anything that has a consumer
@@ -205,7 +206,7 @@ class Producer:
     @property
     def _pages_a_push(self) -> int:
         """Pages of one layer that are worth a submission."""
-        return max(1, -(-self._pages.batch_bytes // max(self._layer_bytes)))
+        return max(1, -(-self._pages.batch_bytes // self._page_bytes))
 
     def _layers_a_push(self) -> int:
         """After how many layers at the earliest `push` finds something due."""
