@@ -9,6 +9,7 @@ from hand_over_kit import BLOCK_SIZE, LAYERS, Kit, prompt_of
 from pdrelay.errors import TransportError
 from pdrelay.integrations.vllm.device_pages import DeviceKVPages, Region, layer_runs
 from pdrelay.integrations.vllm.page_layout import LayerLayout, Plane
+from pdrelay.integrations.vllm.pages import Move
 from pdrelay.integrations.vllm.step import Chunk, StepPlan, prompt_digest
 from pdrelay.transport.host_device import HostFabric
 
@@ -82,6 +83,50 @@ def test_small_layers_share_a_submission(kit):
     assert kit.p.device.num_copies == 2  # one a step
     kit.p.device.run()
     assert kit.arrived_values(5, D_BLOCKS)
+
+
+@pytest.mark.parametrize("batch_bytes", [0, 100, 1 << 30])
+@pytest.mark.parametrize("late_by", [0, 1, 2], ids=["before", "between chunks", "after"])
+def test_pages_are_equal_however_many_share_a_submission(kit, batch_bytes, late_by):
+    kit.p.pages.batch_bytes = batch_bytes
+    for i, stop in enumerate([8, 14, None]):
+        if i == late_by:
+            kit.load("r", PROMPT, D_BLOCKS)
+            kit.pump()
+        if stop is not None:
+            kit.compute(P_BLOCKS, stop, 5)
+    assert kit.p.device.num_copies >= 1
+    kit.p.device.run()
+    kit.pump()
+    assert kit.arrived_values(5, D_BLOCKS)
+    others = [block for block in range(80) if block not in D_BLOCKS]
+    assert not any(kit.d.blocks(layer, others).any() for layer in range(LAYERS))
+    assert ended(kit) == ({"r"}, set())
+
+
+@pytest.mark.parametrize("layers", [[0, 1, 2], [0, 2], [2, 0, 1]])
+@pytest.mark.parametrize("in_grid", [True, False])
+@pytest.mark.parametrize("shared", [True, False])
+def test_moves_of_any_layers_that_share_both_or_one_of_their_lists(kit, layers, in_grid, shared):
+    kit.load("r", PROMPT, D_BLOCKS)
+    kit.pump()
+    kit.compute(P_BLOCKS, 4, 1)
+    kit.p.device.run()
+    (writer,) = [link.writer for link in kit.producer._links]
+    assert writer._grid is not None
+    if not in_grid:
+        writer._grid = None
+    src, targets = [5, 2, 8], [[70, 30, 31], [40, 33, 34], [12, 13, 14]]
+    if shared:
+        targets = targets[:1] * 3
+    for layer in layers:
+        for i, block in enumerate(src):
+            kit.p.write(layer, [block], 10 * layer + i + 1)
+    writer.write([Move(layer, src, targets[i]) for i, layer in enumerate(layers)])
+    kit.p.device.run()
+    for layer, dst in zip(layers, targets, strict=False):
+        for i, block in enumerate(dst):
+            assert (kit.d.blocks(layer, [block]) == 10 * layer + i + 1).all()
 
 
 def test_done_is_said_when_the_device_has_copied(kit):

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdrelay.errors import ConfigError
-from pdrelay.integrations.vllm.fake_pages import fake_layout
+from pdrelay.integrations.vllm.fake_pages import PAGE_BYTES, fake_layout
 from pdrelay.integrations.vllm.step import Interest, StepPlan
 
 PROMPT = prompt_of(1, 14)  # 4 blocks, the last one with 2 tokens
@@ -69,7 +69,25 @@ def test_announced_between_two_layers(kit):
             kit.load("r", PROMPT, D_BLOCKS)
             kit.producer.poll()
 
+    landed = []
+    real = kit.producer.layer_written
+    kit.producer.layer_written = lambda layer: (real(layer), landed.append(kit.world.num_landed))
     kit.prefill("r", PROMPT, P_BLOCKS, between=announce)
+    assert landed == [0, 2, 3]  # it need not wait for the step's end
+    kit.pump()
+    assert kit.arrived(PROMPT, D_BLOCKS)
+    assert ended(kit) == ({"r"}, set())
+
+
+def test_a_step_that_never_ended_is_no_obstacle(kit):
+    """Its engine failed in between, say: nothing of the blocks that it lost then is sent."""
+    kit.load("r", PROMPT, D_BLOCKS)
+    kit.pump()
+    end_step, kit.producer.end_step = kit.producer.end_step, lambda: None
+    kit.prefill("r", PROMPT, P_BLOCKS)
+    kit.producer.end_step = end_step
+    kit.source.array[:, P_BLOCKS] = -1
+    kit.prefill("r", PROMPT, [30, 31, 32, 33], rewound=["r"])
     kit.pump()
     assert kit.arrived(PROMPT, D_BLOCKS)
     assert ended(kit) == ({"r"}, set())
@@ -100,14 +118,11 @@ def test_layers_that_do_not_report_leave_at_the_end_of_the_step(kit):
     """A replayed graph calls no hook."""
     kit.load("r", PROMPT, D_BLOCKS)
     kit.pump()
-    kit.producer.layer_written = lambda layer, real=kit.producer.layer_written: None
-    kit.prefill("r", PROMPT, P_BLOCKS)
-    kit.pump()
-    assert ended(kit) == (set(), set())
-    del kit.producer.layer_written
+    kit.producer.layer_written = lambda layer: None
     kit.prefill("r", PROMPT, P_BLOCKS)
     kit.pump()
     assert kit.arrived(PROMPT, D_BLOCKS)
+    assert ended(kit) == ({"r"}, set())
 
 
 def test_cached_blocks_are_not_moved(kit):
@@ -476,12 +491,16 @@ EVENTS = st.lists(
 )
 
 
+BATCHES = (0, 5 * PAGE_BYTES, 1 << 30)  # every layer; a chunk's pages or two layers'; at the end
+
+
 @settings(max_examples=300)
-@given(events=EVENTS)
-def test_any_order_ends_with_all_blocks_back(tmp_path_factory, events):
+@given(events=EVENTS, batch_bytes=st.sampled_from(BATCHES))
+def test_any_order_ends_with_all_blocks_back(tmp_path_factory, events, batch_bytes):
     """One request, any order of events: each side reports it once, D's blocks are untouched
     after that, and what is reported as arrived has arrived."""
     kit = Kit(tmp_path_factory.mktemp("k"))
+    kit.source.batch_bytes = batch_bytes
     kit.new_consumer()
     kit.world.eager = False
     sent, finished, failed = [], [], set()

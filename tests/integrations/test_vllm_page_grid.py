@@ -34,6 +34,33 @@ def test_pages_count_from_the_lowest_region(form, expected):
     assert grid.pages(0, np.array([2, 0])).tolist() == expected
 
 
+@pytest.mark.parametrize("form", ["split", "together", "uneven strides"])
+def test_pages_of_several_layers_are_those_of_each(form):
+    layout = layout_of("split" if form == "uneven strides" else form)
+    if form == "uneven strides":
+        planes = (Plane(0, PAGE, PAGE), Plane(6 * PAGE, 2 * PAGE, PAGE))
+        other = LayerLayout("l1", 1, form, planes)
+        region = 20 * PAGE
+        layout = PageLayout(NUM_BLOCKS, 16, (region, region), (layout.layers[0], other))
+    grid = page_grid(layout, [0, 1 << 20])
+    assert grid is not None
+    assert (grid.stride is None) == (form == "uneven strides")
+    blocks = np.array([4, 0, 5], np.int32)
+    for layers in ([0, 1], [1, 0], slice(0, 2)):
+        order = [0, 1] if isinstance(layers, slice) else layers
+        each = [grid.pages(layer, blocks).tolist() for layer in order]
+        assert grid.pages(layers, blocks).tolist() == [*each[0], *each[1]]
+        assert grid.pages(layers, blocks).dtype == np.int32
+
+
+def test_layers_of_different_numbers_of_planes_have_no_grid():
+    one, two = layout_of("together").layers[0], layout_of("split").layers[1]
+    halves = (Plane(0, PAGE, PAGE),)
+    mixed = (LayerLayout("l0", 0, "f", halves), two)
+    assert page_grid(PageLayout(NUM_BLOCKS, 16, (4096, 4096), mixed), [0, 1 << 20]) is None
+    assert page_grid(PageLayout(NUM_BLOCKS, 16, (4096, 4096), (one, two)), [0, 1 << 20]) is None
+
+
 def test_what_lies_in_no_grid_has_none():
     layout = layout_of("split")
     assert page_grid(layout, [0, 1 << 20]) is not None

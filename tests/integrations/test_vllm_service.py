@@ -113,6 +113,94 @@ def test_a_bug_closes_the_door_instead_of_hanging(kit, service, caplog):
     assert service.take_finished() == {"r"}
 
 
+def test_a_layer_never_waits_for_the_other_thread(kit, service):
+    """The lock is taken here: a layer that waited for it would do so for ever."""
+    kit.load("r", PROMPT, D_BLOCKS)
+    until(lambda: any(link.early for link in kit.producer._links), service)
+    chunk = Chunk("r", "T-r", len(PROMPT), prompt_digest(PROMPT), P_BLOCKS, len(PROMPT))
+    service.begin_step(StepPlan(chunks=[chunk]))
+    with service._lock:
+        service.layer_written(0)
+    assert kit.world.num_landed == 0
+    service.layer_written(1)  # it takes what is due of layer 0 along
+    assert kit.world.num_landed == 2
+    service.layer_written(2)
+    service.end_step()
+    assert until_finished(kit) == {"r"}
+
+
+def test_a_layer_that_nobody_waits_for_does_not_even_try(kit, service):
+    chunk = Chunk("r", "T-r", len(PROMPT), prompt_digest(PROMPT), P_BLOCKS, len(PROMPT))
+    service.begin_step(StepPlan(chunks=[chunk]))
+    kit.producer.push = None  # calling it would fail
+    for layer in range(len(kit.source.layout.layers)):
+        service.layer_written(layer)
+    service.end_step()
+
+
+@pytest.mark.parametrize("announced", [False, True])
+def test_the_thread_is_woken_only_for_what_it_must_do(kit, service, announced):
+    """Pages without a fence: all is said when the step ends."""
+    woken = []
+    service._wake, wake = lambda: woken.append(1) or wake(), service._wake
+    if announced:
+        kit.load("r", PROMPT, D_BLOCKS)
+        until(lambda: any(link.early for link in kit.producer._links), service)
+    prefill(service, kit, finish=False)
+    assert not woken
+    service.begin_step(StepPlan(held=["r"]))  # a lease begins
+    assert woken
+    if announced:
+        assert until_finished(kit) == {"r"}
+        assert service.take_finished() == {"r"}
+    else:
+        assert until_freed(service) == {"r"}
+
+
+def test_the_thread_is_woken_for_a_fence(kit, service):
+    kit.world.eager = False
+    woken = []
+    service._wake, wake = lambda: woken.append(1) or wake(), service._wake
+    kit.load("r", PROMPT, D_BLOCKS)
+    until(lambda: any(link.early for link in kit.producer._links), service)
+    prefill(service, kit, finish=False)
+    assert woken
+    assert until_finished(kit) == {"r"}
+
+
+def test_a_consumer_refused_by_the_engines_thread_is_let_go(kit, service):
+    lease_ns = kit.producer._lease_ns
+    kit.producer._lease_ns = int(10 * WAIT_S * 1e9)  # no deadline wakes the thread
+    kit.load("r", PROMPT, D_BLOCKS)
+    until(lambda: any(link.early for link in kit.producer._links), service)
+    kit.world.pages.clear()  # cannot be opened
+    chunk = Chunk("r", "T-r", len(PROMPT), prompt_digest(PROMPT), P_BLOCKS, len(PROMPT))
+    service.begin_step(StepPlan(chunks=[chunk]))
+    until(lambda: not kit.producer._links, service)
+    assert until_finished(kit) == {"r"}
+    assert kit.consumers[0].take_failed_blocks() == set(D_BLOCKS)
+    service.end_step()
+    kit.producer._lease_ns = lease_ns
+    service.begin_step(StepPlan(held=["r"]))
+    assert until_freed(service) == {"r"}
+    assert service._thread.is_alive()
+
+
+def test_what_a_socket_did_not_take_wakes_the_thread(kit):
+    kit.load("r", PROMPT, D_BLOCKS)
+    kit.pump()
+    assert not kit.producer.needs_poll
+    kit.producer._links[0].channel._pending += b"\0"
+    assert kit.producer.needs_poll
+
+
+def until(true, service: ProducerService) -> None:
+    end = monotonic_ns() + int(WAIT_S * 1e9)
+    while not true():
+        assert monotonic_ns() < end, "the thread does not get there"
+        service._thread.join(0.001)  # it runs meanwhile
+
+
 def test_close_is_idempotent_and_removes_the_socket(kit, service, tmp_path):
     service.close()
     assert not (tmp_path / "p.sock").exists()

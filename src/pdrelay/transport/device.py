@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import msgspec
 import numpy as np
@@ -22,6 +22,9 @@ from pdrelay.core.kv_layout import KVLayout, contiguous_runs
 
 if TYPE_CHECKING:
     from pdrelay.transport.checksum import U64
+
+
+Blocks: TypeAlias = Sequence[int] | npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,21 +42,33 @@ class BlockPairs:
     destination block and number of blocks of each.
     """
 
-    __slots__ = ("dst", "num_runs", "runs", "src")
+    __slots__ = ("_breaks", "_runs", "dst", "num_runs", "src")
 
-    def __init__(self, src_blocks: Sequence[int], dst_blocks: Sequence[int]) -> None:
-        assert src_blocks and len(src_blocks) == len(dst_blocks)
-        self.src: npt.NDArray[np.int32] = np.array(src_blocks, np.int32)
-        self.dst: npt.NDArray[np.int32] = np.array(dst_blocks, np.int32)
-        self.runs = _block_runs(self.src, self.dst)
-        self.num_runs = self.runs.shape[1]
+    def __init__(self, src_blocks: Blocks, dst_blocks: Blocks) -> None:
+        """Arrays are kept, not copied, where they are int32."""
+        assert len(src_blocks) > 0 and len(src_blocks) == len(dst_blocks)
+        self.src: npt.NDArray[np.int32] = np.asarray(src_blocks, np.int32)
+        self.dst: npt.NDArray[np.int32] = np.asarray(dst_blocks, np.int32)
+        src, dst = self.src, self.dst
+        self._breaks = ((src[1:] - src[:-1] != 1) | (dst[1:] - dst[:-1] != 1)).nonzero()[0]
+        self._runs: npt.NDArray[np.int64] | None = None
+        self.num_runs = len(self._breaks) + 1
+
+    @property
+    def runs(self) -> npt.NDArray[np.int64]:
+        """Made when asked for: a kernel that copies pages needs only their number."""
+        if self._runs is None:
+            self._runs = _block_runs(self.src, self.dst, self._breaks)
+        return self._runs
 
     def __len__(self) -> int:
         return len(self.src)
 
 
-def _block_runs(src: npt.NDArray[np.int32], dst: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
-    breaks = ((src[1:] - src[:-1] != 1) | (dst[1:] - dst[:-1] != 1)).nonzero()[0]
+def _block_runs(
+    src: npt.NDArray[np.int32], dst: npt.NDArray[np.int32], breaks: npt.NDArray[np.intp]
+) -> npt.NDArray[np.int64]:
+    """`breaks`: the pairs behind which a run ends, but for the last."""
     if not len(breaks):  # a fresh pool, mostly
         return np.array([[src[0]], [dst[0]], [len(src)]], np.int64)
     runs = np.empty((3, len(breaks) + 1), np.int64)

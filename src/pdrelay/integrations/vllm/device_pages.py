@@ -17,10 +17,10 @@ from pdrelay.core.kv_layout import contiguous_runs
 from pdrelay.errors import TransportError
 from pdrelay.integrations.vllm.page_grid import page_grid
 from pdrelay.integrations.vllm.page_layout import LayerLayout, PageLayout
-from pdrelay.integrations.vllm.pages import Fence, Move, PassedFence, StandingOffer
+from pdrelay.integrations.vllm.pages import Fence, Move, PassedFence, StandingOffer, alike
 from pdrelay.transport.device import BlockPairs, Copy, Device, Event, PageMove, Run
 
-Blocks = npt.NDArray[np.int64]
+Blocks = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,10 @@ class DeviceKVPages:
     device which stream the engine launches on now; neither does anything on a fake."""
 
     transport = "cuda_ipc"
-    batch_bytes = 2 << 20  # 5 µs of NVLink
+    # 65 µs of NVLink, by which the last submission may end later. One costs the engine's thread far
+    # more than its share of that where the host, which launches kernels, bounds a short prefill.
+    # Less than what a copy takes a whole idle device for (`CudaDevice`): more kernels come behind.
+    batch_bytes = 24 << 20
 
     def __init__(
         self,
@@ -109,8 +112,8 @@ class DeviceWriter:
         self._target = layout
         self._mapped: dict[bytes, int] = {}  # a handle may name several regions
         self._last_copy: Copy | None = None
-        self._last_blocks: tuple[Sequence[int], Sequence[int]] = ((), ())
-        self._last_sorted: tuple[Blocks, Blocks] = (np.empty(0, np.int64), np.empty(0, np.int64))
+        self._last_move: Move | None = None
+        self._last_sorted: tuple[Blocks, Blocks] = (np.empty(0, np.int32), np.empty(0, np.int32))
         if len(regions) != len(layout.region_bytes):
             raise TransportError("one memory handle a region is due")
         for region, num_bytes in zip(regions, layout.region_bytes, strict=True):
@@ -144,11 +147,12 @@ class DeviceWriter:
         if mine is None or theirs is None:
             return None
         src, dst = [], []
-        for move in moves:
+        for layers, move in alike(moves):
             src_blocks, dst_blocks = self._sorted(move)
-            src.append(mine.pages(move.layer, src_blocks))
-            dst.append(theirs.pages(move.layer, dst_blocks))
-        pairs = BlockPairs(np.concatenate(src).tolist(), np.concatenate(dst).tolist())
+            which = _as_slice(layers)
+            src.append(mine.pages(which, src_blocks))
+            dst.append(theirs.pages(which, dst_blocks))
+        pairs = BlockPairs(_joined(src), _joined(dst))
         move_all = [PageMove(0, pairs)]
         copy = pages.device.copy_pages(mine.pool, theirs.pool, move_all, pages.written)
         return copy, pairs.num_runs
@@ -156,27 +160,31 @@ class DeviceWriter:
     def _copy_runs(self, moves: Sequence[Move]) -> tuple[Copy, int]:
         pages = self._pages
         runs: list[Run] = []
-        for move in moves:
-            source, target = pages.layout.layers[move.layer], self._target.layers[move.layer]
+        for layers, move in alike(moves):
             src_blocks, dst_blocks = self._sorted(move)
-            runs += layer_runs(
-                source,
-                pages.addresses[source.region],
-                target,
-                self._addresses[target.region],
-                list(contiguous_runs(src_blocks.tolist(), dst_blocks.tolist())),
-            )
+            block_runs = list(contiguous_runs(src_blocks.tolist(), dst_blocks.tolist()))
+            for layer in layers:
+                source, target = pages.layout.layers[layer], self._target.layers[layer]
+                source_at, target_at = (
+                    pages.addresses[source.region],
+                    self._addresses[target.region],
+                )
+                runs += layer_runs(source, source_at, target, target_at, block_runs)
         return pages.device.copy(runs, pages.written), len(runs)
 
     def _sorted(self, move: Move) -> tuple[Blocks, Blocks]:
         """The move's blocks in the order of the source's: vLLM hands out freed blocks backwards,
         and where both sides do, they are one run. Found once for the layers of a chunk."""
-        blocks = (move.src_blocks, move.dst_blocks)
-        if blocks != self._last_blocks:
-            self._last_blocks = blocks
-            src = np.array(move.src_blocks, np.int64)
+        last = self._last_move
+        if (
+            last is None
+            or move.src_blocks is not last.src_blocks
+            or move.dst_blocks is not last.dst_blocks
+        ):
+            self._last_move = move
+            src = np.array(move.src_blocks, np.int32)
             order = np.argsort(src)
-            self._last_sorted = (src[order], np.array(move.dst_blocks, np.int64)[order])
+            self._last_sorted = (src[order], np.array(move.dst_blocks, np.int32)[order])
         return self._last_sorted
 
     def fence(self) -> Fence:
@@ -188,6 +196,16 @@ class DeviceWriter:
         for address in self._mapped.values():
             self._pages.device.close_peer(address)
         self._mapped.clear()
+
+
+def _as_slice(layers: list[int]) -> slice | list[int]:
+    """What arrays are indexed with faster, where layers follow each other."""
+    first, stop = layers[0], layers[0] + len(layers)
+    return slice(first, stop) if layers == list(range(first, stop)) else layers
+
+
+def _joined(parts: list[Blocks]) -> Blocks:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def layer_runs(

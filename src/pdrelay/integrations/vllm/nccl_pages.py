@@ -21,6 +21,7 @@ from pdrelay.integrations.vllm.nccl_wire import NcclMessage
 from pdrelay.integrations.vllm.nccl_writer import NcclWriter
 from pdrelay.integrations.vllm.page_layout import PageLayout
 from pdrelay.integrations.vllm.pages import Offer
+from pdrelay.integrations.vllm.staging import STAGING_BYTES
 from pdrelay.transport.device import Device, Event
 from pdrelay.transport.nccl_end import NcclEnd
 from pdrelay.transport.nccl_library import NcclLibrary
@@ -36,7 +37,7 @@ class NcclHandle(msgspec.Struct, frozen=True, tag="nccl"):
 
 class NcclKVPages:
     transport = "nccl"
-    batch_bytes = 2 << 20
+    batch_bytes = STAGING_BYTES  # one send: 0.7 ms of PCIe at 25 GB/s behind the last layer
 
     def __init__(
         self,

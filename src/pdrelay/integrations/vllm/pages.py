@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
+
 from pdrelay.integrations.vllm.page_layout import PageLayout
 
 
@@ -24,20 +26,38 @@ class Fence(Protocol):
         """Block until `done` would not say False, without holding the interpreter's lock."""
 
 
-@dataclass(frozen=True)
-class Move:
-    """One layer of blocks, from the producer's to the consumer's."""
+class Move(msgspec.Struct, frozen=True):
+    """One layer of blocks, from the producer's to the consumer's. Moves of a chunk share their
+    lists, which nobody changes."""
 
     layer: int
     src_blocks: Sequence[int]
     dst_blocks: Sequence[int]
 
 
+def alike(moves: Sequence[Move]) -> list[tuple[list[int], Move]]:
+    """Layers whose moves are the same but for them, of neighbours, and one such move."""
+    groups: list[tuple[list[int], Move]] = []
+    layers: list[int] = []
+    last: Move | None = None
+    for move in moves:
+        if (
+            last is None
+            or move.src_blocks is not last.src_blocks
+            or move.dst_blocks is not last.dst_blocks
+        ):
+            layers, last = [], move
+            groups.append((layers, move))
+        layers.append(move.layer)
+    return groups
+
+
 class PageWriter(Protocol):
     """A producer's way into one consumer's pages. Used under the producer's lock."""
 
     def write(self, moves: Sequence[Move]) -> int:
-        """Copy what was written before the last `kv_written`; returns the contiguous pieces.
+        """Copy what was written before the last `kv_written`, as one submission where that is
+        possible; returns the contiguous pieces. The moves may be of several prompts.
 
         Raises TransportError when the consumer's pages cannot be reached any more.
         """
@@ -85,7 +105,7 @@ class Pages(Protocol):
 
     transport: str
     layout: PageLayout
-    batch_bytes: int  # what makes a submission worth its cost; 0: every layer by itself
+    batch_bytes: int  # what makes a submission within a step worth its cost; 0: every layer
 
     def offer(self) -> Offer:
         """What one producer's `open` needs. Raises TransportError."""

@@ -1,7 +1,9 @@
 """The producer rank's side: pushes prompts' KV into consumers' blocks while prefill computes it.
 
 No thread and no clock of its own. Not thread-safe: `service.py` shares one lock between the
-engine's thread (begin_step, layer_written, end_step, take_finished) and the one that polls.
+engine's thread (begin_step, push, end_step, take_finished) and the one that polls. Where launching
+kernels bounds a prefill, what the engine's thread does here is time to the first token: a layer is
+noted without the lock, and what can be is done once a chunk, when there is enough to submit.
 """
 
 from __future__ import annotations
@@ -9,12 +11,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from pdrelay.core.channel import Channel
 from pdrelay.core.clock import Clock
-from pdrelay.core.hand_over import HandOver, Piece
 from pdrelay.errors import ConfigError, ProtocolError, TransportError
 from pdrelay.integrations.vllm.listener import listen
 from pdrelay.integrations.vllm.messages import (
@@ -32,6 +32,7 @@ from pdrelay.integrations.vllm.messages import (
 )
 from pdrelay.integrations.vllm.page_layout import check_inside, check_same_pages
 from pdrelay.integrations.vllm.pages import Fence, Move, Pages, PageWriter
+from pdrelay.integrations.vllm.progress import Piece, Progress
 from pdrelay.integrations.vllm.stats import HandOverStats
 from pdrelay.integrations.vllm.step import Chunk, StepPlan
 
@@ -61,6 +62,16 @@ class Link:
     early: dict[str, Early] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """Prompt blocks `start .. stop` here and at the consumer."""
+
+    start: int
+    stop: int
+    src: list[int]
+    dst: list[int]
+
+
 @dataclass(eq=False)
 class Outgoing:
     """One prompt on its way. `ended`: nothing more will be stored, and all that was has landed."""
@@ -69,20 +80,32 @@ class Outgoing:
     transfer_id: str
     num_tokens: int
     digest: bytes
-    hand_over: HandOver
+    progress: Progress
     blocks: list[int] = field(default_factory=list)
+    pairs: Pairs | None = None  # last written
     link: Link | None = None
     fence: Fence | None = None  # behind the last store
     verdict: Done | Failed | Closed | None = None  # to be sent when `fence` has passed
     ended: bool = False
     held: bool = False  # vLLM waits for us to free the blocks
     lease_end_ns: int = 0  # while held and not announced
-    moves: list[Move] = field(default_factory=list)  # ready, not written yet
-    moves_bytes: int = 0
     num_pieces: int = 0
     start_ns: int = 0
     end_ns: int = 0
     busy_ns: int = 0
+
+    @property
+    def live(self) -> bool:
+        """May still be sent."""
+        return self.verdict is None and not self.ended
+
+    def pairs_of(self, piece: Piece) -> Pairs:
+        """All pieces of a chunk get the same lists: so the writer need not look at them again."""
+        if self.pairs is None or (self.pairs.start, self.pairs.stop) != (piece.start, piece.stop):
+            src = self.blocks[piece.start : piece.stop]
+            dst = self.progress.destinations(piece.start, piece.stop)
+            self.pairs = Pairs(piece.start, piece.stop, src, dst)
+        return self.pairs
 
 
 class Producer:
@@ -111,8 +134,14 @@ class Producer:
         self._ended: dict[str, str] = {}  # transfer -> why nothing comes of it
         self._closing: list[Outgoing] = []  # whose verdict waits for a fence
         self._finished: set[str] = set()
-        self._chunks: list[Chunk] = []
-        self._written: set[int] = set()  # layers of this step
+        self._layer_bytes = [layer.block_bytes for layer in pages.layout.layers]  # of one block
+        self._block_bytes = sum(self._layer_bytes)
+        self._page_bytes = max(self._layer_bytes)
+        self._step: list[Outgoing] = []  # what this step computes
+        self._written: dict[int, None] = {}  # layers of this step; engine's thread only
+        self._announced = False  # whether the step computes anything that has a consumer
+        self._stride = 0  # layers between two pushes of this step
+        self._push_at = 0  # layers at which the next push may be worth it; engine's thread only
         self._abandoned = False
         self.stats = HandOverStats()
 
@@ -122,11 +151,13 @@ class Producer:
         """Apply what the scheduler decided, before the step's forward."""
         if plan.rewound or plan.dropped:
             self._pages.before_overwrite()
+        for left in self._step:
+            left.progress.abandon_step()  # as a rule there is none: the last step did end
+        self._step = []
         for request_id in plan.rewound:
             outgoing = self._by_request.get(request_id)
             if outgoing is not None:
-                assert not outgoing.moves, "a step that was begun did not end"
-                outgoing.hand_over.rewind()
+                outgoing.progress.rewind()
                 outgoing.blocks = []
         for request_id, reason in plan.dropped.items():
             outgoing = self._by_request.pop(request_id, None)
@@ -136,44 +167,82 @@ class Producer:
             self._refuse(transfer_id, reason)
         for request_id in plan.held:
             self._hold(request_id)
-        for chunk in plan.chunks:
-            self._add(chunk)
-        self._chunks = plan.chunks
+        self._step = [self._add(chunk) for chunk in plan.chunks]
         self._written.clear()
+        self._announced = any(out.link is not None for out in self._step)
+        self._stride = self._push_at = self._layers_a_push()
 
     def layer_written(self, layer: int) -> None:
-        """The step's KV of `layer` is issued: send the blocks that it completes."""
-        if not self._chunks or layer in self._written:
-            return
-        self._written.add(layer)
-        for outgoing, chunk in self._in_step():
-            last = chunk.num_ready >= outgoing.num_tokens
-            complete = chunk.num_ready // self._pages.layout.block_size
-            ready = outgoing.hand_over.num_blocks if last else complete
-            self._queue(outgoing, outgoing.hand_over.mark_ready(layer, ready))
-        due = [out for out, _ in self._in_step() if out.moves_bytes > self._pages.batch_bytes]
+        """The step's KV of `layer` is issued: send the blocks that it completes, once that is
+        worth it."""
+        if self.layer_due(layer):
+            self.push()
+
+    def layer_due(self, layer: int) -> bool:
+        """The part of `layer_written` that needs no lock: whether `push` should follow."""
+        self._written[layer] = None
+        return self._announced and len(self._written) >= self._push_at
+
+    def push(self) -> None:
+        """Send what the layers written so far complete, to consumers for whom that is worth a
+        submission."""
+        written = list(self._written)
+        self._push_at = len(written) + self._stride
+        due = self._due(len(written))
         if due:
             self._pages.kv_written()
-        for outgoing in due:
-            self._write(outgoing)
+            self._write_all([(out, out.progress.take(written)) for out in due])
 
     def end_step(self) -> None:
         """The forward is issued: layers that did not report (graph replay) are written too."""
-        if not self._chunks:
+        if not self._step:
             return
-        for layer in range(len(self._pages.layout.layers)):
-            self.layer_written(layer)
+        step, self._step = self._step, []
+        self._written.update(dict.fromkeys(range(len(self._layer_bytes))))
+        written = list(self._written)
         self._pages.kv_written()
-        for outgoing, _ in self._in_step():
-            self._write(outgoing)
-        self._chunks = []
+        self._write_all([(out, out.progress.end_step(written)) for out in step])
 
-    def _in_step(self) -> Iterator[tuple[Outgoing, Chunk]]:
-        """What this step computes and may still be sent."""
-        for chunk in self._chunks:
-            outgoing = self._by_request.get(chunk.request_id)
-            if outgoing is not None and outgoing.verdict is None and not outgoing.ended:
-                yield outgoing, chunk
+    @property
+    def _pages_a_push(self) -> int:
+        """Pages of one layer that are worth a submission."""
+        return max(1, -(-self._pages.batch_bytes // self._page_bytes))
+
+    def _layers_a_push(self) -> int:
+        """After how many layers at the earliest `push` finds something due."""
+        num_blocks = sum(out.progress.blocks_a_layer for out in self._step if out.live)
+        return -(-self._pages_a_push // max(1, num_blocks))
+
+    def _due(self, num_written: int) -> list[Outgoing]:
+        """What the step computes for consumers for whom together there is enough."""
+        by_link: dict[Link, list[Outgoing]] = {}
+        for out in self._step:
+            if out.live and out.link is not None:
+                by_link.setdefault(out.link, []).append(out)
+        return [
+            out
+            for outs in by_link.values()
+            if sum(out.progress.num_due(num_written) for out in outs) >= self._pages_a_push
+            for out in outs
+        ]
+
+    @property
+    def needs_poll(self) -> bool:
+        """Whether the engine's thread left something to do that no socket tells of."""
+        return (
+            bool(self._closing)
+            or self.has_lost_links
+            or any(link.channel.has_pending for link in self._links)
+        )
+
+    @property
+    def has_lost_links(self) -> bool:
+        """Whether `poll` should look at once."""
+        return any(link.channel.closed for link in self._links)
+
+    @property
+    def has_finished(self) -> bool:
+        return bool(self._finished)
 
     def take_finished(self) -> set[str]:
         """Held requests whose blocks are free to go, each once."""
@@ -241,11 +310,16 @@ class Producer:
 
     # ---- requests
 
-    def _add(self, chunk: Chunk) -> None:
+    def _add(self, chunk: Chunk) -> Outgoing:
         outgoing = self._by_request.get(chunk.request_id)
         if outgoing is None:
             outgoing = self._begin(chunk)
-        outgoing.blocks = chunk.blocks
+        outgoing.blocks, outgoing.pairs = chunk.blocks, None
+        progress = outgoing.progress
+        last = chunk.num_ready >= outgoing.num_tokens
+        complete = chunk.num_ready // self._pages.layout.block_size
+        progress.begin_step(progress.num_blocks if last else complete)
+        return outgoing
 
     def _begin(self, chunk: Chunk) -> Outgoing:
         layout = self._pages.layout
@@ -255,9 +329,8 @@ class Producer:
             chunk.transfer_id,
             chunk.num_tokens,
             chunk.digest,
-            HandOver(len(layout.layers), num_blocks, needs_slots=True),
+            Progress(len(layout.layers), num_blocks),
         )
-        outgoing.hand_over.link_ready()
         self._by_request[chunk.request_id] = outgoing
         if self._abandoned:
             outgoing.ended = True
@@ -282,7 +355,7 @@ class Producer:
         outgoing.lease_end_ns = self._clock() + self._lease_ns
         if outgoing.ended:
             self._free(outgoing)
-        elif outgoing.verdict is None and not outgoing.hand_over.all_ready:
+        elif outgoing.verdict is None and not outgoing.progress.all_ready:
             self._give_up(outgoing, "the producer preempted it after its prefill")
 
     def _refuse(self, transfer_id: str, reason: str) -> None:
@@ -325,12 +398,13 @@ class Producer:
         if not self._open(link):
             return
         outgoing.link = link
-        hand_over = outgoing.hand_over
-        first = min(announce.first_block, hand_over.num_blocks)
-        blocks = announce.blocks[: hand_over.num_blocks - first]
-        self._queue(outgoing, hand_over.set_slots(first, blocks))
-        if not any(out is outgoing for out, _ in self._in_step()):
-            self._write(outgoing)  # else the step does, which knows what is written
+        progress = outgoing.progress
+        first = min(announce.first_block, progress.num_blocks)
+        progress.announce(first, announce.blocks[: progress.num_blocks - first])
+        if progress.in_step:
+            self._announced = True  # the step writes it, as it knows what is ready
+        else:
+            self._write_all([(outgoing, progress.take_rest())])
 
     def _open(self, link: Link) -> bool:
         """Reach the consumer's pages, if that was not done yet; refuse it if that fails."""
@@ -358,49 +432,56 @@ class Producer:
             return "the announced blocks do not fit the prompt"
         assert link.hello is not None
         end = link.hello.layout.num_blocks
-        if any(not 0 <= block < end for block in announce.blocks):
+        if announce.blocks and not 0 <= min(announce.blocks) <= max(announce.blocks) < end:
             return "an announced block does not exist"
         return ""
 
-    def _queue(self, outgoing: Outgoing, pieces: Sequence[Piece]) -> None:
-        """What is ready goes with the next `_write`."""
-        for piece in pieces:
-            src = outgoing.blocks[piece.start : piece.stop]
-            dst = outgoing.hand_over.destinations(piece)
-            outgoing.moves.append(Move(piece.layer, src, dst))
-            block_bytes = self._pages.layout.layers[piece.layer].block_bytes
-            outgoing.moves_bytes += len(src) * block_bytes
+    def _write_all(self, pieces: list[tuple[Outgoing, Piece | None]]) -> None:
+        """Store pieces, those for one consumer in one submission; that all of a prompt is stored
+        ends its transfer."""
+        by_link: dict[Link, list[tuple[Outgoing, Piece]]] = {}
+        for outgoing, piece in pieces:
+            if piece is not None and outgoing.live and outgoing.link is not None:
+                by_link.setdefault(outgoing.link, []).append((outgoing, piece))
+        for link, parts in by_link.items():
+            self._write(link, parts)
+        for outgoing, _ in pieces:
+            if outgoing.live and outgoing.progress.all_sent:
+                self._conclude(outgoing, self._done(outgoing))
 
-    def _write(self, outgoing: Outgoing) -> None:
-        """Store what is queued; that all is stored ends the transfer."""
-        link = outgoing.link
-        if link is None or link.writer is None:
-            return
-        moves, outgoing.moves = outgoing.moves, []
-        num_bytes, outgoing.moves_bytes = outgoing.moves_bytes, 0
-        if moves:
-            start_ns = self._clock()
-            try:
-                outgoing.num_pieces += link.writer.write(moves)
-            except TransportError as error:
+    def _write(self, link: Link, parts: list[tuple[Outgoing, Piece]]) -> None:
+        assert link.writer is not None
+        moves: list[Move] = []
+        sizes: list[int] = []
+        for outgoing, piece in parts:
+            pairs = outgoing.pairs_of(piece)
+            moves += [Move(layer, pairs.src, pairs.dst) for layer in piece.layers]
+            layer_bytes = sum([self._layer_bytes[layer] for layer in piece.layers])
+            sizes.append(len(pairs.src) * layer_bytes)
+        start_ns = self._clock()
+        try:
+            num_pieces = link.writer.write(moves)
+        except TransportError as error:
+            for outgoing, _ in parts:
                 self._give_up(outgoing, f"the producer cannot store: {error}")
-                if not link.channel.closed:
-                    self._refuse_link(link, error)
-                return
-            self.stats.num_bytes += num_bytes
+            if not link.channel.closed:
+                self._refuse_link(link, error)
+            return
+        end_ns, total = self._clock(), sum(sizes)
+        self.stats.num_bytes += total
+        for (outgoing, _), size in zip(parts, sizes, strict=True):
+            # Of what they share, each counts its part.
+            outgoing.num_pieces += max(1, num_pieces * size // total)
+            outgoing.busy_ns += (end_ns - start_ns) * size // total
             outgoing.start_ns = outgoing.start_ns or start_ns
-            outgoing.end_ns = self._clock()
-            outgoing.busy_ns += outgoing.end_ns - start_ns
-        if outgoing.hand_over.all_sent:
-            self._conclude(outgoing, self._done(outgoing))
+            outgoing.end_ns = end_ns
 
     def _done(self, outgoing: Outgoing) -> Done:
-        layout = self._pages.layout
-        num_blocks = len(outgoing.hand_over.dst_blocks)
+        num_blocks = len(outgoing.progress.dst_blocks)
         return Done(
             transfer_id=outgoing.transfer_id,
             num_tokens=outgoing.num_tokens,
-            num_bytes=num_blocks * layout.block_bytes,
+            num_bytes=num_blocks * self._block_bytes,
             num_pieces=outgoing.num_pieces,
             start_ns=outgoing.start_ns,
             end_ns=outgoing.end_ns,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 
 from pdrelay.integrations.vllm.messages import Done
 
@@ -19,6 +19,10 @@ class HandOverStats:
     busy_ns: int = 0  # in copies
     span_ns: int = 0  # first to last store
 
+    def __bool__(self) -> bool:
+        """Whether anything happened."""
+        return any(vars(self).values())
+
     def observe(self, done: Done) -> None:
         """Count a transfer; a consumer adds its bytes itself."""
         self.num_transfers += 1
@@ -28,10 +32,11 @@ class HandOverStats:
 
     def take(self) -> dict[str, int]:
         """The sums, and begin anew; empty if nothing happened."""
-        taken = asdict(self)
-        for entry in fields(self):
-            setattr(self, entry.name, 0)
-        return taken if any(taken.values()) else {}
+        if not self:
+            return {}
+        taken = dict(vars(self))
+        vars(self).update(dict.fromkeys(taken, 0))
+        return taken
 
 
 def add_stats(a: dict[str, int], b: dict[str, int]) -> dict[str, int]:
