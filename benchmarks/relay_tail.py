@@ -164,8 +164,11 @@ async def run_vllm(step_s: float, log: SendLog) -> None:
 
 
 async def run_ranks(args: argparse.Namespace) -> None:
+    from pdrelay.core.time_slice import SHORT_SLICE_NS, request_short_slices
+
     log = SendLog()
     gc.disable()
+    request_short_slices(SHORT_SLICE_NS)
     if args.fds:
         await run_native_ranks(args.fds, args.step_ms / 1e3, log)
     else:
@@ -346,6 +349,7 @@ async def run_router(args: argparse.Namespace) -> None:
     config = RouterConfig(max_num_requests=100_000, drain_timeout_s=0.1)
     model = ModelInfo("tiny", "tiny", MAX_MODEL_LEN, make_tokenizer())
     request_short_slices(RELAY_SLICE_NS)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     events = EventLog(args.out + ".events")
     runner = make_runner(build_app(config, model, Cluster(clients), events), config)
     await runner.setup()
@@ -410,6 +414,8 @@ def http_post(port: int, body: dict[str, Any]) -> bytes:
 
 def run_reader(args: argparse.Namespace) -> None:
     """Reads the streams. Writes [[t_ns, number of tokens], ...] a stream."""
+    from pdrelay.core.time_slice import RELAY_SLICE_NS, request_short_slices
+
     num_tokens = int(args.seconds * 1e3 / args.step_ms)
     poller = selectors.EpollSelector()
     reads: list[list[tuple[int, bytes]]] = [[] for _ in range(args.streams)]
@@ -420,6 +426,7 @@ def run_reader(args: argparse.Namespace) -> None:
         poller.register(sock, selectors.EVENT_READ, (sock, reads[i]))
         socks.append(sock)
     gc.disable()
+    request_short_slices(RELAY_SLICE_NS)
     left = args.streams
     print("ready", flush=True)
     while left:
