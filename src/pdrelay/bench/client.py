@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import aiohttp
 import msgspec
 
+from pdrelay.bench.arrival import ArrivalClock, StampingConnector
 from pdrelay.bench.chunk import (
     Chunk,
     carries_tokens,
@@ -130,7 +131,7 @@ async def run_load(
     )
     for request in (*requests, *warmups):
         encoder.check(request)
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S)
+    connector = StampingConnector(limit=0, keepalive_timeout=_KEEPALIVE_S)
     async with aiohttp.ClientSession(
         connector=connector,
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=min(timeout_s, 60.0)),
@@ -179,11 +180,14 @@ class _Load:
         self._stop = stop
         self._num_done = 0
         self._num_total = 0
+        self._bodies: list[bytes] = []  # of the requests that are not sent yet
 
     async def run(
         self, requests: Sequence[BenchRequest], mode: OpenLoop | ClosedLoop
     ) -> LoadResult:
         self._num_total = len(requests)
+        # Now, while nobody waits: a long prompt's takes as long as several tokens of other streams.
+        self._bodies = [self._encoder(request) for request in requests]
         start_ns = monotonic_ns() + _LEAD_NS
         records: dict[int, ClientRecord] = {}
         driver = asyncio.ensure_future(
@@ -222,12 +226,11 @@ class _Load:
         async with asyncio.TaskGroup() as group:
             for position in order:
                 request = requests[position]
-                body = self._encoder(request)  # encoded while there is time
                 intended_ns = start_ns + round(request.arrival_s * 1e9)
                 await _sleep_until(intended_ns)
                 record = self._open_record(position, request, intended_ns)
                 records[position] = record
-                group.create_task(self._send(record, request, body))
+                group.create_task(self._send(record, position))
 
     async def _closed_loop(
         self,
@@ -241,10 +244,9 @@ class _Load:
 
         async def slot() -> None:
             for position, request in pending:
-                body = self._encoder(request)
                 record = self._open_record(position, request, monotonic_ns())
                 records[position] = record
-                await self._send(record, request, body)
+                await self._send(record, position)
 
         async with asyncio.TaskGroup() as group:
             for _ in range(min(concurrency, len(requests))):
@@ -264,8 +266,9 @@ class _Load:
             chunk_ns=[],
         )
 
-    async def _send(self, record: ClientRecord, request: BenchRequest, body: bytes) -> None:
+    async def _send(self, record: ClientRecord, position: int) -> None:
         """Sends one request and fills its record; only cancellation leaves here."""
+        body, self._bodies[position] = self._bodies[position], b""
         record.sent_ns = monotonic_ns()
         stream = _Stream(record)
         try:
@@ -285,9 +288,9 @@ class _Load:
                     text = error_text_of_body(await _read_some(response))
                     stream.fail(f"{response.content_type} instead of an event stream: {text}")
                 else:
-                    read = response.content.readany
+                    read, clock = response.content.readany, ArrivalClock(response)
                     while data := await read():
-                        stream.feed(data, monotonic_ns())
+                        stream.feed(data, clock.now_ns())
                     stream.finish()
         except asyncio.CancelledError:
             stream.cancel()
