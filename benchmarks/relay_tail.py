@@ -285,6 +285,8 @@ _FRONT_DOOR = (
     ("pdrelay.router.http_client:HttpEngineClient", "send", "to ranks", _long_request),
     ("pdrelay.router.vllm_api", "body", "HTTP body", None),
     ("aiohttp.client_reqrep:ClientRequest", "__init__", "HTTP request", None),
+    ("pdrelay.router.http_wire:Wire", "send", "HTTP request", _long_bytes),
+    ("asyncio.selector_events:_SelectorSocketTransport", "write", "write", _long_bytes),
     ("pdrelay.router.flow:Flow", "on_step", "tokens", None),
     ("pdrelay.router.event_log:EventLog", "append", "event log", None),
 )

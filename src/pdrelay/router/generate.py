@@ -216,7 +216,7 @@ class Generator:
         if response.refused:
             assert response.error is not None
             raise response.error
-        stream = web.StreamResponse(headers={**_SSE_HEADERS, **headers})
+        stream = _EventStream(headers={**_SSE_HEADERS, **headers})
         await stream.prepare(request)
         await stream.write(response.take())
         transport = request.transport
@@ -233,6 +233,16 @@ class Generator:
             transport.abort()  # the client no longer reads
             raise ConnectionResetError("the client does not read") from None
         return stream
+
+
+class _EventStream(web.StreamResponse):
+    """Its head leaves with the first tokens, in one call of the kernel instead of two.
+
+    aiohttp has no public setting for it; without this attribute (3.12 and later have it) the head
+    leaves first.
+    """
+
+    _send_headers_immediately = False
 
 
 async def _answer_whole(response: WholeResponse, headers: dict[str, str]) -> web.Response:
