@@ -577,7 +577,14 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
         return {"n": 0}
     ordered = sorted(values)
     at = partial(_at, ordered)
-    return {"n": len(ordered), "p50": at(0.5), "p99": at(0.99), "p99.9": at(0.999), "max": at(1.0)}
+    return {
+        "n": len(ordered),
+        "p50": at(0.5),
+        "p90": at(0.9),
+        "p99": at(0.99),
+        "p99.9": at(0.999),
+        "max": at(1.0),
+    }
 
 
 def _at(ordered: Sequence[float], share: float) -> float:

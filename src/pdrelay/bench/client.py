@@ -16,6 +16,7 @@ import aiohttp
 import msgspec
 
 from pdrelay.bench.arrival import ArrivalClock, StampingConnector
+from pdrelay.bench.backlog import Backlog
 from pdrelay.bench.chunk import (
     Chunk,
     carries_tokens,
@@ -180,6 +181,7 @@ class _Load:
         self._stop = stop
         self._num_done = 0
         self._num_total = 0
+        self._backlog = Backlog()
         self._bodies: list[bytes] = []  # of the requests that are not sent yet
 
     async def run(
@@ -281,6 +283,7 @@ class _Load:
                 ) as response,
             ):
                 record.http_status = response.status
+                stream.abandon = response.close
                 if response.status != 200:
                     text = error_text_of_body(await _read_some(response))
                     stream.fail(f"HTTP {response.status}: {text}")
@@ -290,7 +293,8 @@ class _Load:
                 else:
                     read, clock = response.content.readany, ArrivalClock(response)
                     while data := await read():
-                        stream.feed(data, clock.now_ns())
+                        if stream.hold(data, clock.now_ns()):
+                            self._backlog.add(stream.catch_up)
                     stream.finish()
         except asyncio.CancelledError:
             stream.cancel()
@@ -298,7 +302,7 @@ class _Load:
         except TimeoutError:
             stream.fail(f"not complete after {self._timeout_s:g} s")
         except (aiohttp.ClientError, OSError, ProtocolError) as error:
-            stream.fail(f"{type(error).__name__}: {' '.join(str(error).split())[:400]}")
+            stream.fail(_words(error))
         self._num_done += 1
         if self._progress is not None:
             self._progress(self._num_done, self._num_total)
@@ -324,16 +328,40 @@ async def _read_some(response: aiohttp.ClientResponse) -> bytes:
     return body
 
 
+def _nothing() -> None:
+    pass
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+
+
 class _Stream:
     """Turns the bytes of one answer into its record."""
 
     def __init__(self, record: ClientRecord) -> None:
+        self.abandon: Callable[[], None] = _nothing  # ends an answer that cannot be understood
         self._record = record
         self._parser = SseParser()
         self._over = False  # [DONE], or failed
         self._num_tokens = 0  # by token ids
         self._last_ns = 0  # last chunk with a choice
         self._completion_tokens: int | None = None
+        self._held: list[tuple[bytes, int]] = []  # (bytes, when they arrived)
+
+    def hold(self, data: bytes, now_ns: int) -> bool:
+        """Take bytes, to be parsed by `catch_up`; whether these are the first that wait for it."""
+        self._held.append((data, now_ns))
+        return len(self._held) == 1
+
+    def catch_up(self) -> None:
+        held, self._held = self._held, []
+        try:
+            for data, now_ns in held:
+                self.feed(data, now_ns)
+        except ProtocolError as error:
+            self.fail(_words(error))
+            self.abandon()
 
     def feed(self, data: bytes, now_ns: int) -> None:
         if self._over:
@@ -387,6 +415,7 @@ class _Stream:
 
     def finish(self) -> None:
         """The stream is at its end: complete if [DONE] or a finish reason came."""
+        self.catch_up()
         for payload in self._parser.finish():
             self._event(payload, monotonic_ns())
         if self._over:
@@ -414,6 +443,7 @@ class _Stream:
         self._stop("cancelled", "cancelled by the client")
 
     def _stop(self, status: str, message: str) -> None:
+        self.catch_up()  # what came before counts
         if self._over:
             return
         self._count()
