@@ -105,5 +105,5 @@ def test_answers_without_a_body() -> None:
     ],
 )
 def test_what_is_not_http_is_refused(answer: bytes) -> None:
-    with pytest.raises(ValueError, match="answer|protocols"):
+    with pytest.raises(ValueError, match=r"answer|protocols"):
         parse(answer)
