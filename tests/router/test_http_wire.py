@@ -176,7 +176,8 @@ async def test_an_answer_that_nobody_reads_is_not_taken_in() -> None:
 def test_targets() -> None:
     target = Target.of("https://[::1]/a", {"X": "y"})
     assert (target.host, target.port, target.tls) == ("::1", 443, True)
-    assert target.head == b"POST /a HTTP/1.1\r\nHost: [::1]\r\nX: y\r\nContent-Length: "
+    want = b"POST /a HTTP/1.1\r\nHost: [::1]\r\nAccept-Encoding: identity\r\nX: y\r\n"
+    assert target.head == want + b"Content-Length: "
     assert b"Authorization: Basic dTpw\r\n" in Target.of("http://u:p@h:1/", {}).head
     with pytest.raises(ValueError, match="line break"):
         Target.of("http://h/", {"X": "y\r\nZ: w"})

@@ -39,7 +39,8 @@ class Target:
             raise ValueError(f"{url!r} is no URL of a server")
         default = parts.is_default_port()
         shown = f"[{host}]" if ":" in host else host
-        fields = {"Host": shown if default else f"{shown}:{port}", **headers}
+        fields = {"Host": shown if default else f"{shown}:{port}", "Accept-Encoding": "identity"}
+        fields |= headers
         if parts.user is not None:
             fields.setdefault("Authorization", _basic(parts.user, parts.password or ""))
         lines = [f"POST {parts.raw_path_qs} HTTP/1.1"]
@@ -77,7 +78,8 @@ class Wire(asyncio.Protocol):
         return is_open and self._answer.complete and self._answer.keep_alive and not self._pieces
 
     def send(self, head: bytes, body: bytes) -> None:
-        assert self._transport is not None
+        if self._transport is None:
+            raise ConnectionResetError("the connection ended before it was used")
         self._answer = AnswerParser()
         self._transport.write(b"%b%d\r\n\r\n%b" % (head, len(body), body))
 
