@@ -189,7 +189,9 @@ class _Load:
     ) -> LoadResult:
         self._num_total = len(requests)
         # Now, while nobody waits: a long prompt's takes as long as several tokens of other streams.
-        self._bodies = [self._encoder(request) for request in requests]
+        for request in requests:
+            self._bodies.append(self._encoder(request))
+            await asyncio.sleep(0)  # another load may be under way
         start_ns = monotonic_ns() + _LEAD_NS
         records: dict[int, ClientRecord] = {}
         driver = asyncio.ensure_future(

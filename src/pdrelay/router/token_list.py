@@ -17,7 +17,7 @@ from msgspec import Meta
 from pdrelay.core.token_ids import TokenIds, pack_ids
 from pdrelay.router.protocol import decode_field
 
-_SLICE_BYTES = 1 << 14  # some 2,500 ids: 50 us
+_SLICE_BYTES = 1 << 15  # some 5,000 ids: 0.1 ms
 
 
 class TokenLists:
