@@ -76,4 +76,4 @@ async def test_others_have_their_turn_between_the_slices() -> None:
     assert num_turns == 0
     await prompts(json.dumps([100_000] * 20_000))  # 160 KB
     task.cancel()
-    assert num_turns >= 8
+    assert num_turns >= 4
