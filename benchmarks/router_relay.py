@@ -6,8 +6,9 @@ depend on how many cores the three share. TTFT is the client's, from the first b
 first event read; the fake engine answers at once, so all of it is HTTP, the front door, two hops
 over Unix sockets, and the client's own part. The same client against a bare aiohttp server that
 answers with one event shows what of it is HTTP and client; requests to the two alternate. Over
-engines behind HTTP the difference holds the fakes' own HTTP too: `front_door_cpu_ms_p50`, the CPU
-time of the front door a request of two tokens, is its part, whoever else keeps the machine busy.
+engines behind HTTP the difference holds the fakes' own HTTP too: `hop_ms` is over the same client
+talking to one of them directly, and `front_door_cpu_ms_p50`, the CPU time of the front door a
+request of two tokens, is its part, whoever else keeps the machine busy.
 
     python benchmarks/router_relay.py --streams 64 --tokens 400
     python benchmarks/router_relay.py --engine vllm       engines behind HTTP: fake vLLM servers
@@ -182,8 +183,8 @@ def bare_server() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def processes(step_ms: float) -> Iterator[tuple[str, int]]:
-    """(URL, pid) of a front door over a fake engine."""
+def processes(step_ms: float) -> Iterator[tuple[str, int, str]]:
+    """(URL, pid) of a front door over a fake engine; no URL of the engine's own."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     command = [sys.executable, str(Path(__file__)), "--step-ms", str(step_ms)]
     with ours, theirs:
@@ -200,7 +201,7 @@ def processes(step_ms: float) -> Iterator[tuple[str, int]]:
     try:
         assert router.stdout is not None and router.stdin is not None
         port = int(router.stdout.readline())
-        yield f"http://127.0.0.1:{port}", router.pid
+        yield f"http://127.0.0.1:{port}", router.pid, ""
         router.stdin.close()
         router.wait(START_S)
         engine.wait(START_S)
@@ -212,8 +213,8 @@ def processes(step_ms: float) -> Iterator[tuple[str, int]]:
 
 
 @contextlib.contextmanager
-def http_processes(step_ms: float, num: int) -> Iterator[tuple[str, int]]:
-    """(URL, pid) of a front door over `num` fake vLLM servers."""
+def http_processes(step_ms: float, num: int) -> Iterator[tuple[str, int, str]]:
+    """(URL, pid) of a front door over `num` fake vLLM servers, and the URL of one of these."""
     fake = [sys.executable, "-m", "pdrelay.router.fake_vllm", "--port", "0"]
     fake += ["--step-ms", str(step_ms), "--max-model-len", "16384"]
     engines = [subprocess.Popen(fake, stdout=subprocess.PIPE, text=True) for _ in range(num)]
@@ -230,7 +231,7 @@ def http_processes(step_ms: float, num: int) -> Iterator[tuple[str, int]]:
         )
         started.append(router)  # type: ignore[arg-type]
         assert router.stdout is not None and router.stdin is not None
-        yield f"http://127.0.0.1:{int(router.stdout.readline())}", router.pid
+        yield f"http://127.0.0.1:{int(router.stdout.readline())}", router.pid, urls[0]
         router.stdin.close()
         router.wait(START_S)
     finally:
@@ -296,13 +297,15 @@ async def measure_relay(url: str, pid: int, streams: int, tokens: int) -> dict[s
 
 
 async def measure_ttft(
-    url: str, pid: int, bare_url: str, length: int, text: bool, repeats: int
+    url: str, pid: int, bare_url: str, direct_url: str, length: int, text: bool, repeats: int
 ) -> dict[str, Any]:
+    """`direct_url`: of an engine that takes the same requests; token ids only."""
     import aiohttp
 
     rng = random.Random(length)
     times: list[float] = []
     bare_times: list[float] = []
+    direct_times: list[float] = []
     cpu_times: list[float] = []
     async with aiohttp.ClientSession() as session:
         for each in (url, bare_url):
@@ -312,32 +315,37 @@ async def measure_ttft(
             prompt: Any = bytes(ids).decode() if text else ids
             body = {"prompt": prompt, "max_tokens": 2, "stream": True, "temperature": 0}
             bare_times.append((await stream(session, bare_url, body))[0] * 1e3)
+            if direct_url and not text:
+                whole = {"return_token_ids": True, **body}
+                direct_times.append((await stream(session, direct_url, whole))[0] * 1e3)
             cpu = cpu_s(pid)
             times.append((await stream(session, url, body))[0] * 1e3)
             cpu_times.append((cpu_s(pid) - cpu) * 1e3)
     p50, bare_p50 = statistics.median(times), statistics.median(bare_times)
+    hop = {"hop_ms": round(p50 - statistics.median(direct_times), 3)} if direct_times else {}
     return {
         "prompt": f"{length} {'characters' if text else 'token ids'}",
         "ttft_ms_p50": round(p50, 3),
         "bare_ms_p50": round(bare_p50, 3),
         "added_ms": round(p50 - bare_p50, 3),
+        **hop,
         "front_door_cpu_ms_p50": round(statistics.median(cpu_times), 3),
         "ttft_ms_p90": round(sorted(times)[int(len(times) * 0.9)], 3),
     }
 
 
 async def run_client(args: argparse.Namespace) -> None:
-    with front_door(args.engine, args.step_ms) as (url, pid):
+    with front_door(args.engine, args.step_ms) as (url, pid, _):
         for _ in range(args.repeats):
             result = await asyncio.wait_for(
                 measure_relay(url, pid, args.streams, args.tokens), RUN_S
             )
             print(json.dumps(result), flush=True)
-    with front_door(args.engine, 0.0) as (url, pid), bare_server() as bare_url:
-        for length in (128, 2048, 8192):
+    with front_door(args.engine, 0.0) as (url, pid, direct_url), bare_server() as bare_url:
+        for length in args.lengths:
             for text in (False, True):
                 result = await asyncio.wait_for(
-                    measure_ttft(url, pid, bare_url, length, text, 200), RUN_S
+                    measure_ttft(url, pid, bare_url, direct_url, length, text, 200), RUN_S
                 )
                 print(json.dumps(result), flush=True)
 
@@ -348,6 +356,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=400)
     parser.add_argument("--step-ms", type=float, default=2.0, help="of the fake engine")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 2048, 8192])
     parser.add_argument("--role", choices=("client", "engine", "router", "bare"), default="client")
     parser.add_argument("--fd", type=int, default=-1)
     parser.add_argument("--engine", choices=("native", "vllm", "vllm-pd"), default="native")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -85,6 +86,8 @@ class RouterFrontDoor:
     ) -> None:
         """`down`: instance id to why it is not ready. Raises ConfigError and ModelError."""
         request_short_slices(RELAY_SLICE_NS)
+        # A text is encoded by the thread that asks, and not by a pool of one thread a core.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self._plan = plan
         self._session = HttpSession()
         self._hand_overs = HandOvers(hand_over_style(plan))

@@ -19,7 +19,8 @@ from fake_server import (
     usage_chunk,
 )
 
-from pdrelay.bench.client import ClosedLoop, LoadResult, _Stream, run_load
+from pdrelay.bench.client import ClosedLoop, LoadResult, OpenLoop, _Stream, run_load
+from pdrelay.bench.endpoint import BodyEncoder
 from pdrelay.bench.record import ClientRecord, read_records, write_records
 from pdrelay.bench.request import BenchRequest, with_arrivals
 from pdrelay.bench.summary import summarize
@@ -318,6 +319,73 @@ async def test_a_chunk_is_stamped_when_it_comes_and_not_at_the_end(server: FakeS
     assert len(record.chunk_ns) == 4
     assert all(t >= w for t, w in zip(record.chunk_ns, written, strict=True) if w != written[3])
     assert record.end_ns == record.chunk_ns[3]
+
+
+async def test_tokens_that_come_together_do_not_wait_for_each_others_parsing(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: list[int] = []
+    feed = _Stream.feed
+
+    def noted(self: _Stream, data: bytes, now_ns: int) -> None:
+        parsed.append(time.monotonic_ns())
+        feed(self, data, now_ns)
+        if len(parsed) == 2:
+            seen.set()
+
+    monkeypatch.setattr(_Stream, "feed", noted)
+    go, seen = asyncio.Event(), asyncio.Event()
+
+    async def reply(body: dict[str, Any]) -> AsyncIterator[Any]:
+        if server.num_running == 2:
+            go.set()
+        await go.wait()
+        yield text_chunk("a")
+        await seen.wait()
+        yield text_chunk("b", "length") + DONE
+
+    server.reply = reply
+    result = await run_load(server.url, [text_request(0), text_request(1)], model="m")
+    stamps = [record.chunk_ns[0] for record in result.records]
+    assert max(stamps) < parsed[0]
+
+
+async def test_bodies_are_made_before_the_load_starts(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    encode = BodyEncoder.__call__
+
+    def noted(self: BodyEncoder, request: BenchRequest) -> bytes:
+        made.append(time.monotonic_ns())
+        return encode(self, request)
+
+    monkeypatch.setattr(BodyEncoder, "__call__", noted)
+    for mode in (OpenLoop(), ClosedLoop(1)):
+        result = await run_load(server.url, fixed(3, 16, 2), model="m", mode=mode)
+        assert len(made) == 3 and max(made) < result.start_ns
+        made.clear()
+    monkeypatch.setattr(
+        "pdrelay.bench.client._MAX_AHEAD_BYTES", 100
+    )  # more than one, less than two
+    for mode in (OpenLoop(), ClosedLoop(1)):
+        result = await run_load(server.url, fixed(3, 16, 2), model="m", mode=mode)
+        assert [record.status for record in result.records] == ["ok"] * 3
+        assert [at < result.start_ns for at in made] == [True, False, False]
+        made.clear()
+
+
+async def test_a_server_that_talks_nonsense_is_left_at_once(server: FakeServer) -> None:
+    async def nonsense_then_hang(body: dict[str, Any]) -> AsyncIterator[Any]:
+        yield text_chunk("a")
+        yield b"data: {nonsense\n\n"
+        await asyncio.Event().wait()
+
+    server.reply = nonsense_then_hang
+    load = run_load(server.url, [text_request()], model="m", timeout_s=600)
+    (record,) = (await asyncio.wait_for(load, 20)).records
+    assert record.status == "failed" and record.error.startswith("ProtocolError: a chunk is not")
+    assert len(record.chunk_ns) == 1
 
 
 def test_times_of_a_record() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import socket
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given
 
 from pdrelay.core.channel import Channel
+from pdrelay.core.events import Event, EventKind
 from pdrelay.core.framing import MAX_FRAME_BYTES, FrameCodec
 from pdrelay.core.messages import Abort, EngineRequest, Ping, Submit, ToWorker
 from pdrelay.core.sampling_params import SamplingParams
@@ -119,3 +121,10 @@ def test_channel_passes_descriptors():
     assert os.read(read_end, 5) == b"hello"
     os.close(received)
     os.close(read_end)
+
+
+def test_the_collector_does_not_know_of_events():
+    """There is one a token: hundreds of thousands may be alive."""
+    event = Event(EventKind.TOKEN, 1, "decode-0", detail="x")
+    assert not gc.is_tracked(event)
+    assert not gc.is_tracked(msgspec.json.decode(msgspec.json.encode(event), type=Event))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 
 import pytest
@@ -12,6 +13,7 @@ from pdrelay.errors import ModelError
 from pdrelay.model.config import BUILT_IN
 from pdrelay.model.tokenizer import (
     BYTE_LEVEL_SPECIAL_TOKENS,
+    ByteDecoder,
     HfTokenizer,
     PlaceholderTokenizer,
     Tokenizer,
@@ -176,6 +178,19 @@ def test_a_character_that_the_prompt_began() -> None:
     assert BYTES.decoder(context=[97, first]).push(rest[0]) == "é"
 
 
+@given(st.lists(st.integers(0, TRAINED.vocab_size - 1), max_size=9), st.booleans())
+def test_a_context_counts_as_if_all_of_it_were_decoded(ids: list[int], skip: bool) -> None:
+    for tokenizer in (TRAINED, BYTES):
+        context = [each for each in ids if each < tokenizer.vocab_size]
+        slow = ByteDecoder(tokenizer, tokenizer._special if skip else frozenset())
+        for token_id in context[-6:]:
+            slow.push(token_id)
+        fast = tokenizer.decoder(skip_special_tokens=skip, context=context)
+        token_id = next(i for i in range(400) if tokenizer.token_bytes(i) == b"\xa9")
+        assert fast.push(token_id) == slow.push(token_id)
+        assert fast.finish() == slow.finish()
+
+
 def test_unfinished_tail_becomes_a_replacement_character() -> None:
     decoder = BYTES.decoder()
     assert decoder.push(0xF0) == "" and decoder.push(0x9F) == ""
@@ -246,3 +261,23 @@ def test_token_text_of_parts_of_characters() -> None:
     assert BYTES.token_text(0xE2) == "bytes:\\xe2"
     assert BYTES.token_text(257) == "<|eos|>"
     assert BYTES.token_text(263) == ""
+
+
+@pytest.mark.parametrize("tokenizer", [TRAINED, SENTENCES])
+@pytest.mark.parametrize("special", [False, True])
+def test_long_texts_are_encoded_as_short_ones(tokenizer: HfTokenizer, special: bool) -> None:
+    text = "naïve 日本語 <|eot|> 🙂 hello two words <s> größer\n\tab  b" * 100
+    assert len(text) > tokenizer.short_text
+    want = tokenizer.backend.encode(text, add_special_tokens=special).ids
+    assert tokenizer.encode(text, add_special_tokens=special) == want
+
+
+async def test_a_long_text_leaves_the_interpreter_to_others() -> None:
+    """With `encode` of the library the loop has no turn until it is done."""
+    text = "hello world, hello there " * 40_000
+    task = asyncio.create_task(asyncio.to_thread(TRAINED.encode, text))
+    num_turns = 0
+    while not task.done():
+        await asyncio.sleep(0.001)
+        num_turns += 1
+    assert num_turns > 5

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import aiohttp
 import msgspec
 
+from pdrelay.bench.arrival import ArrivalClock, StampingConnector
+from pdrelay.bench.backlog import Backlog
 from pdrelay.bench.chunk import (
     Chunk,
     carries_tokens,
@@ -39,6 +41,7 @@ _LEAD_NS = 20_000_000
 _TIMER_NS = 1_000_000  # resolution of the event loop's timers
 _WARMUP_CONCURRENCY = 4
 _MAX_ERROR_BYTES = 64 << 10
+_MAX_AHEAD_BYTES = 256 << 20  # of bodies that are encoded before the load; further ones when due
 _LARGE_BODY = 1 << 20  # aiohttp wants larger ones as a file
 
 ProgressCallback = Callable[[int, int], None]  # (requests over, requests in all)
@@ -130,7 +133,7 @@ async def run_load(
     )
     for request in (*requests, *warmups):
         encoder.check(request)
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S)
+    connector = StampingConnector(limit=0, keepalive_timeout=_KEEPALIVE_S)
     async with aiohttp.ClientSession(
         connector=connector,
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=min(timeout_s, 60.0)),
@@ -179,11 +182,14 @@ class _Load:
         self._stop = stop
         self._num_done = 0
         self._num_total = 0
+        self._backlog = Backlog()
+        self._bodies: dict[int, bytes] = {}  # by position; encoded and not sent yet
 
     async def run(
         self, requests: Sequence[BenchRequest], mode: OpenLoop | ClosedLoop
     ) -> LoadResult:
         self._num_total = len(requests)
+        await self._encode_ahead(requests)
         start_ns = monotonic_ns() + _LEAD_NS
         records: dict[int, ClientRecord] = {}
         driver = asyncio.ensure_future(
@@ -215,6 +221,20 @@ class _Load:
         end_ns = max((r.end_ns for r in ordered), default=start_ns)
         return LoadResult(ordered, start_ns, end_ns, mode, len(requests) - len(ordered))
 
+    async def _encode_ahead(self, requests: Sequence[BenchRequest]) -> None:
+        """Now, while nobody waits: a long prompt's takes as long as several tokens of others."""
+        num_bytes = 0
+        for position, request in enumerate(requests):
+            if num_bytes >= _MAX_AHEAD_BYTES:
+                return
+            self._bodies[position] = self._encoder(request)
+            num_bytes += len(self._bodies[position])
+            await asyncio.sleep(0)  # another load may be under way
+
+    def _body(self, position: int, request: BenchRequest) -> bytes:
+        body = self._bodies.pop(position, None)
+        return self._encoder(request) if body is None else body
+
     async def _open_loop(
         self, requests: Sequence[BenchRequest], start_ns: int, records: dict[int, ClientRecord]
     ) -> None:
@@ -222,12 +242,12 @@ class _Load:
         async with asyncio.TaskGroup() as group:
             for position in order:
                 request = requests[position]
-                body = self._encoder(request)  # encoded while there is time
+                body = self._body(position, request)  # while there is time
                 intended_ns = start_ns + round(request.arrival_s * 1e9)
                 await _sleep_until(intended_ns)
                 record = self._open_record(position, request, intended_ns)
                 records[position] = record
-                group.create_task(self._send(record, request, body))
+                group.create_task(self._send(record, body))
 
     async def _closed_loop(
         self,
@@ -241,10 +261,10 @@ class _Load:
 
         async def slot() -> None:
             for position, request in pending:
-                body = self._encoder(request)
+                body = self._body(position, request)
                 record = self._open_record(position, request, monotonic_ns())
                 records[position] = record
-                await self._send(record, request, body)
+                await self._send(record, body)
 
         async with asyncio.TaskGroup() as group:
             for _ in range(min(concurrency, len(requests))):
@@ -264,7 +284,7 @@ class _Load:
             chunk_ns=[],
         )
 
-    async def _send(self, record: ClientRecord, request: BenchRequest, body: bytes) -> None:
+    async def _send(self, record: ClientRecord, body: bytes) -> None:
         """Sends one request and fills its record; only cancellation leaves here."""
         record.sent_ns = monotonic_ns()
         stream = _Stream(record)
@@ -278,6 +298,7 @@ class _Load:
                 ) as response,
             ):
                 record.http_status = response.status
+                stream.abandon = response.close
                 if response.status != 200:
                     text = error_text_of_body(await _read_some(response))
                     stream.fail(f"HTTP {response.status}: {text}")
@@ -285,9 +306,10 @@ class _Load:
                     text = error_text_of_body(await _read_some(response))
                     stream.fail(f"{response.content_type} instead of an event stream: {text}")
                 else:
-                    read = response.content.readany
+                    read, clock = response.content.readany, ArrivalClock(response)
                     while data := await read():
-                        stream.feed(data, monotonic_ns())
+                        if stream.hold(data, clock.now_ns()):
+                            self._backlog.add(stream.catch_up)
                     stream.finish()
         except asyncio.CancelledError:
             stream.cancel()
@@ -295,7 +317,7 @@ class _Load:
         except TimeoutError:
             stream.fail(f"not complete after {self._timeout_s:g} s")
         except (aiohttp.ClientError, OSError, ProtocolError) as error:
-            stream.fail(f"{type(error).__name__}: {' '.join(str(error).split())[:400]}")
+            stream.fail(_words(error))
         self._num_done += 1
         if self._progress is not None:
             self._progress(self._num_done, self._num_total)
@@ -321,16 +343,40 @@ async def _read_some(response: aiohttp.ClientResponse) -> bytes:
     return body
 
 
+def _nothing() -> None:
+    pass
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+
+
 class _Stream:
     """Turns the bytes of one answer into its record."""
 
     def __init__(self, record: ClientRecord) -> None:
+        self.abandon: Callable[[], None] = _nothing  # ends an answer that cannot be understood
         self._record = record
         self._parser = SseParser()
         self._over = False  # [DONE], or failed
         self._num_tokens = 0  # by token ids
         self._last_ns = 0  # last chunk with a choice
         self._completion_tokens: int | None = None
+        self._held: list[tuple[bytes, int]] = []  # (bytes, when they arrived)
+
+    def hold(self, data: bytes, now_ns: int) -> bool:
+        """Take bytes, to be parsed by `catch_up`; whether these are the first that wait for it."""
+        self._held.append((data, now_ns))
+        return len(self._held) == 1
+
+    def catch_up(self) -> None:
+        held, self._held = self._held, []
+        try:
+            for data, now_ns in held:
+                self.feed(data, now_ns)
+        except ProtocolError as error:
+            self.fail(_words(error))
+            self.abandon()
 
     def feed(self, data: bytes, now_ns: int) -> None:
         if self._over:
@@ -384,6 +430,7 @@ class _Stream:
 
     def finish(self) -> None:
         """The stream is at its end: complete if [DONE] or a finish reason came."""
+        self.catch_up()
         for payload in self._parser.finish():
             self._event(payload, monotonic_ns())
         if self._over:
@@ -411,6 +458,7 @@ class _Stream:
         self._stop("cancelled", "cancelled by the client")
 
     def _stop(self, status: str, message: str) -> None:
+        self.catch_up()  # what came before counts
         if self._over:
             return
         self._count()

@@ -54,19 +54,28 @@ class Channel(Generic[T]):
                 return
             self._pending += frame[sent:]
             return
-        self._pending += frame
-        self.flush()
+        if not self._pending:  # a long prompt is not copied when the socket takes it as it is
+            frame = frame[self._send(frame) :]
+        if frame and not self.closed:
+            self._pending += frame
+            self.flush()
 
     def flush(self) -> None:
         while self._pending and not self.closed:
-            try:
-                sent = self._sock.send(self._pending)
-            except BlockingIOError:
-                return
-            except OSError:
-                self.closed = True
+            sent = self._send(self._pending)
+            if not sent:
                 return
             del self._pending[:sent]
+
+    def _send(self, data: bytes | bytearray) -> int:
+        """Bytes that the socket took."""
+        try:
+            return self._sock.send(data)
+        except BlockingIOError:
+            return 0
+        except OSError:
+            self.closed = True
+            return 0
 
     def receive(self) -> list[T]:
         """Messages that have arrived. Raises ProtocolError for undecodable bytes."""

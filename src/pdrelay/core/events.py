@@ -28,8 +28,12 @@ class EventKind(enum.StrEnum):
     FAILED = "failed"
 
 
-class Event(msgspec.Struct, omit_defaults=True):
-    """One event. `num_bytes`, `num_pieces`, `busy_ns` belong to transfer events."""
+class Event(msgspec.Struct, omit_defaults=True, gc=False):
+    """One event. `num_bytes`, `num_pieces`, `busy_ns` belong to transfer events.
+
+    There is one a token, and none can be part of a cycle: the collector, which would stop the front
+    door for milliseconds to walk them, does not know of them.
+    """
 
     kind: EventKind
     t_ns: int

@@ -29,9 +29,11 @@ class FrameCodec(Generic[T]):
         self._decoder = msgspec.msgpack.Decoder(message_type, dec_hook=_decode_ids)
         self._buffer = bytearray()
 
-    def encode(self, message: Any) -> bytes:
-        body = self._encoder.encode(message)
-        return _HEADER.pack(len(body)) + body
+    def encode(self, message: Any) -> bytearray:
+        frame = bytearray(_HEADER.size)
+        self._encoder.encode_into(message, frame, _HEADER.size)
+        _HEADER.pack_into(frame, 0, len(frame) - _HEADER.size)
+        return frame
 
     def feed(self, data: bytes | bytearray | memoryview) -> list[T]:
         """Take received bytes, return the messages they complete.

@@ -7,11 +7,12 @@ import asyncio
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
+from pdrelay.core.token_ids import TokenIds, pack_ids
 from pdrelay.errors import InvalidRequestError
 from pdrelay.router.config import ModelInfo, RouterConfig
 from pdrelay.router.http_errors import BodyTooLargeError, ModelNotFoundError, SlowBodyError
 
-_LONG_TEXT = 1 << 15  # characters: about 10 ms to encode; longer texts go to a thread
+_LONG_BODY = 1 << 14
 
 
 async def read_body(request: web.Request, config: RouterConfig) -> bytes:
@@ -42,7 +43,13 @@ def check_model(name: str | None, model: ModelInfo) -> None:
         )
 
 
-async def encode(text: str, model: ModelInfo, *, add_special_tokens: bool, param: str) -> list[int]:
+async def give_way(raw: bytes) -> None:
+    """Let the tokens of other requests pass before going on with a long body."""
+    if len(raw) >= _LONG_BODY:
+        await asyncio.sleep(0)
+
+
+async def encode(text: str, model: ModelInfo, *, add_special_tokens: bool, param: str) -> TokenIds:
     """Token ids of `text`; a long one does not hold up other requests.
 
     Raises InvalidRequestError for text that cannot fit the context, however it is cut.
@@ -55,6 +62,10 @@ async def encode(text: str, model: ModelInfo, *, add_special_tokens: bool, param
             f"model's context is {model.max_model_len}: shorten the prompt",
             param,
         )
-    if len(text) < _LONG_TEXT:
-        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
-    return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
+
+    def packed() -> TokenIds:
+        return pack_ids(tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    if len(text) <= tokenizer.short_text:
+        return packed()
+    return await asyncio.to_thread(packed)

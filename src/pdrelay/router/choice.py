@@ -10,6 +10,7 @@ import msgspec
 
 from pdrelay.core.messages import FinishReason, Output, TokenLogprobs
 from pdrelay.core.sampling_params import SamplingParams
+from pdrelay.core.token_ids import TokenIds
 from pdrelay.errors import RequestError
 from pdrelay.model.tokenizer import Tokenizer
 from pdrelay.router.detokenizer import Detokenizer
@@ -56,7 +57,7 @@ class Choice:
         index: int,
         *,
         request_id: str,
-        prompt_token_ids: list[int],
+        prompt_token_ids: TokenIds,
         prompt: str | None,
         params: SamplingParams,
         options: TextOptions,

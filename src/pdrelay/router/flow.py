@@ -326,14 +326,12 @@ class Flow:
             )
 
     def _deadline(self, flight: Flight, seconds: float, what: str) -> asyncio.TimerHandle:
-        error = DeadlineError(
-            f"{what} took over {seconds:g} s: raise the server's limit or send less work"
-        )
-        return asyncio.get_running_loop().call_later(seconds, self._expire, flight, error)
+        return asyncio.get_running_loop().call_later(seconds, self._expire, flight, seconds, what)
 
-    def _expire(self, flight: Flight, error: DeadlineError) -> None:
+    def _expire(self, flight: Flight, seconds: float, what: str) -> None:
         if self._flights.get(flight.request.request_id) is flight:
-            self._fail(flight, error)
+            text = f"{what} took over {seconds:g} s: raise the server's limit or send less work"
+            self._fail(flight, DeadlineError(text))
             flight.sink.flush()
 
 

@@ -164,7 +164,7 @@ class CompletionFormat(Format):
     def _whole_choice(self, choice: Choice, total: Delta) -> dict[str, Any]:
         shown = super()._whole_choice(choice, total)
         if self._job.return_token_ids:
-            shown["prompt_token_ids"] = choice.prompt_token_ids
+            shown["prompt_token_ids"] = choice.prompt_token_ids.tolist()
         return shown
 
     def _whole_text(self, total: Delta) -> dict[str, Any]:
@@ -177,7 +177,7 @@ class CompletionFormat(Format):
         fields = b',"text":' + _encode(delta.text)
         fields += b',"logprobs":' + _encode(self._logprobs(choice, delta))
         if self._job.return_token_ids and not choice.started:
-            fields += b',"prompt_token_ids":' + _encode(choice.prompt_token_ids)
+            fields += b',"prompt_token_ids":' + _encode(choice.prompt_token_ids.tolist())
         return fields
 
     def _logprobs(self, choice: Choice, delta: Delta) -> dict[str, Any] | None:
@@ -210,7 +210,7 @@ class ChatFormat(Format):
             b',"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]'
         )
         if self._job.return_token_ids:
-            fields += b',"prompt_token_ids":' + _encode(choice.prompt_token_ids)
+            fields += b',"prompt_token_ids":' + _encode(choice.prompt_token_ids.tolist())
         return self._before_index + b"%d" % choice.index + fields + b"}\n\n"
 
     def _chunk_fields(self, choice: Choice, delta: Delta) -> bytes:
@@ -227,4 +227,4 @@ class ChatFormat(Format):
 
     def _add_prompt(self, body: dict[str, Any], choice: Choice) -> None:
         if self._job.return_token_ids:
-            body["prompt_token_ids"] = choice.prompt_token_ids
+            body["prompt_token_ids"] = choice.prompt_token_ids.tolist()

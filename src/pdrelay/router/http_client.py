@@ -19,7 +19,6 @@ from collections.abc import AsyncGenerator, AsyncIterator
 
 import aiohttp
 import msgspec
-from yarl import URL
 
 from pdrelay.core.clock import monotonic_ns
 from pdrelay.core.endpoint import HttpEndpoint
@@ -50,6 +49,7 @@ from pdrelay.router.engine_api import EngineApi, api_of
 from pdrelay.router.engine_client import Listener, Observer
 from pdrelay.router.http_pd import HandOvers, Work
 from pdrelay.router.http_session import HttpSession
+from pdrelay.router.http_wire import Target, Wire
 from pdrelay.router.piece import Leg, Piece, join
 
 _START_POLL_S = 0.1
@@ -87,7 +87,7 @@ class HttpEngineClient:
         self._observer: Observer | None = None
         self._endpoint: HttpEndpoint | None = None
         self._api: EngineApi | None = None
-        self._generate_url = URL()
+        self._target: Target | None = None
         self._headers: dict[str, str] = {}
         self._watcher: asyncio.Task[None] | None = None
         self._calls: dict[str, asyncio.Task[None]] = {}
@@ -145,10 +145,10 @@ class HttpEngineClient:
         self._observer = observer
         self._endpoint = endpoint
         self._api = api_of(endpoint)
-        self._generate_url = URL(endpoint.url + self._api.path)
         self._headers = {"Content-Type": "application/json"}
         if endpoint.api_key:
             self._headers["Authorization"] = f"Bearer {endpoint.api_key}"
+        self._target = Target.of(endpoint.url + self._api.path, self._headers)
         self._reason = "is starting"
         self._watcher = asyncio.get_running_loop().create_task(self._watch())
 
@@ -249,7 +249,7 @@ class HttpEngineClient:
             await work()
         except RequestError as error:
             self._fail(request_id, error)
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+        except (OSError, TimeoutError) as error:
             text = f"{self.instance} broke off ({_one_line(error)}); try again"
             self._fail(request_id, WorkerLostError(text))
         except ValueError as error:  # not what the engine should have sent
@@ -299,9 +299,9 @@ class HttpEngineClient:
             self.emit(request.request_id, piece)
 
     async def once(self, request: EngineRequest, leg: Leg) -> Piece:
-        """A whole response. Raises RequestError, ClientError, ValueError."""
-        async with self._post(request, leg) as response:
-            data = await response.read()
+        """A whole response. Raises RequestError, OSError, ValueError."""
+        async with self._post(request, leg) as answer:
+            data = await answer.read_all()
         assert self._api is not None
         piece = self._api.reader()(data)
         if piece.error:
@@ -313,8 +313,8 @@ class HttpEngineClient:
         WorkerLostError when the stream ends early."""
         finished = False
         held: Piece | None = None  # the last tokens, until what follows tells the cached ones
-        async with self._post(request, leg) as response:
-            async for piece in self._pieces(response):
+        async with self._post(request, leg) as answer:
+            async for piece in self._pieces(answer):
                 if held is not None:
                     piece, held = join(held, piece), None
                 elif piece.finish_reason is not None and leg.wants_usage:
@@ -328,11 +328,11 @@ class HttpEngineClient:
         if not finished:
             raise WorkerLostError(f"{self.instance} ended its answer early; try again")
 
-    async def _pieces(self, response: aiohttp.ClientResponse) -> AsyncGenerator[Piece, None]:
+    async def _pieces(self, answer: Wire) -> AsyncGenerator[Piece, None]:
         assert self._api is not None
         read_piece = self._api.reader()
         rest = b""
-        async for data in response.content.iter_any():
+        while data := await answer.read():
             self._last_heard_s = time.monotonic()
             *events, rest = (rest + data if rest else data).split(_EVENT_END)
             for event in events:
@@ -344,19 +344,16 @@ class HttpEngineClient:
                 yield piece
 
     @contextlib.asynccontextmanager
-    async def _post(
-        self, request: EngineRequest, leg: Leg
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
+    async def _post(self, request: EngineRequest, leg: Leg) -> AsyncIterator[Wire]:
         """Raises RequestError for any status but 200."""
-        api = self._api
-        assert api is not None
-        data = api.body(request, leg)
-        post = self._session.get().post
-        async with post(self._generate_url, data=data, headers=self._headers) as response:
-            if response.status != 200:
-                body = await response.content.read(_MAX_ERROR_BYTES)
-                raise self._refusal(response.status, api.error_text(body))
-            yield response
+        api, target = self._api, self._target
+        assert api is not None and target is not None
+        async with self._session.wires.post(target, api.body(request, leg)) as answer:
+            status = await answer.status()
+            if status != 200:
+                body = await answer.read_all(_MAX_ERROR_BYTES)
+                raise self._refusal(status, api.error_text(body))
+            yield answer
 
     def _refusal(self, status: int, text: str) -> RequestError:
         text = f"{self.instance} answered {status}: {text}"

@@ -32,7 +32,7 @@ from typing import Any, Protocol
 from pdrelay.core.endpoint import Dispatch, HttpEndpoint
 from pdrelay.core.messages import EngineRequest
 from pdrelay.errors import WorkerLostError
-from pdrelay.router.piece import Leg, Piece
+from pdrelay.router.piece import Leg, Piece, prompt_json
 
 _log = logging.getLogger(__name__)
 _NIXL_PRODUCER: dict[str, Any] = {
@@ -72,10 +72,17 @@ class HandOver:
     def __init__(self, request: EngineRequest) -> None:
         self.request = request
         self._producer: Caller | None = None
+        self._prompt_json = b""
         self.begun = asyncio.Event()  # the producer's leg
         self.transfer_id = secrets.token_hex(16)
         self.room = secrets.randbits(62)
         self.first: asyncio.Future[Piece] = asyncio.get_running_loop().create_future()
+
+    @property
+    def prompt_json(self) -> bytes:
+        """The prompt as both legs send it."""
+        self._prompt_json = self._prompt_json or prompt_json(self.request)
+        return self._prompt_json
 
     @property
     def producer(self) -> Caller:
@@ -160,6 +167,7 @@ class VllmStyle:
             max_tokens=1,
             min_tokens=min(request.params.min_tokens, 1),
             stream=False,
+            prompt_json=hand_over.prompt_json,
             needs_seed=not alone and self.resamples(hand_over),
             kv_transfer_params=None if alone else self.producer_params(hand_over),
         )
@@ -197,6 +205,7 @@ class VllmStyle:
         leg = Leg(
             max_tokens=request.params.max_tokens,
             min_tokens=request.params.min_tokens,
+            prompt_json=hand_over.prompt_json,
             needs_seed=True,
             wants_prompt_logprobs=False,
             kv_transfer_params=kv,
@@ -222,6 +231,7 @@ class VllmStyle:
         leg = Leg(
             max_tokens=request.params.max_tokens - 1,
             min_tokens=max(request.params.min_tokens - 1, 0),
+            prompt_json=hand_over.prompt_json,
             more_prompt=tuple(first.token_ids),
             wants_prompt_logprobs=False,
             kv_transfer_params=kv,
@@ -308,6 +318,7 @@ class SglangStyle:
             max_tokens=params.max_tokens,
             min_tokens=params.min_tokens,
             stream=stream,
+            prompt_json=hand_over.prompt_json,
             needs_seed=True,
             bootstrap=(endpoint.bootstrap_host, endpoint.bootstrap_port, hand_over.room),
         )

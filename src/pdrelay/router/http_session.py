@@ -1,8 +1,10 @@
-"""The one HTTP session that a front door has with all its instances."""
+"""What a front door has with all its instances: connections for requests, a session for probes."""
 
 from __future__ import annotations
 
 import aiohttp
+
+from pdrelay.router.http_wire import Wires
 
 _CONNECT_S = 5.0
 _IDLE_S = 2.0  # uvicorn cuts connections that were idle for 5 s: never use one that old
@@ -13,6 +15,7 @@ class HttpSession:
     """Made on first use, on the running event loop. Proxies of the environment are not asked."""
 
     def __init__(self) -> None:
+        self.wires = Wires()
         self._session: aiohttp.ClientSession | None = None
 
     def get(self) -> aiohttp.ClientSession:
@@ -27,6 +30,7 @@ class HttpSession:
         return self._session
 
     async def close(self) -> None:
+        self.wires.close()
         session, self._session = self._session, None
         if session is not None:
             await session.close()

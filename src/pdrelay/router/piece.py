@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from pdrelay.core.messages import FinishReason, Output, TokenLogprobs
+from pdrelay.core.messages import EngineRequest, FinishReason, Output, TokenLogprobs
 
 
 @dataclass(frozen=True)
@@ -17,12 +17,18 @@ class Leg:
     max_tokens: int
     min_tokens: int = 0
     stream: bool = True
+    prompt_json: bytes = b""  # `prompt_json` of the request, where several legs share it
     more_prompt: tuple[int, ...] = ()  # output tokens that another instance has given already
     needs_seed: bool = False  # two instances must draw the same token
     wants_prompt_logprobs: bool = True
     wants_usage: bool = False  # streams: the number of cached tokens, with the last piece
     kv_transfer_params: dict[str, Any] | None = None
     bootstrap: tuple[str, int, int] | None = None  # SGLang: host, port, room
+
+
+def prompt_json(request: EngineRequest) -> bytes:
+    """Its token ids as a JSON list: 0.1 ms for 8,192."""
+    return msgspec.json.encode(request.prompt_token_ids.tolist())
 
 
 class Piece(msgspec.Struct):

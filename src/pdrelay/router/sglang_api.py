@@ -13,7 +13,7 @@ import msgspec
 
 from pdrelay.core.messages import EngineRequest, FinishReason, TokenLogprobs, TopLogprob
 from pdrelay.errors import InvalidRequestError
-from pdrelay.router.piece import Leg, Piece
+from pdrelay.router.piece import Leg, Piece, prompt_json
 
 GENERATE = "/generate"
 _INT31 = (1 << 31) - 1
@@ -78,7 +78,7 @@ def body(request: EngineRequest, leg: Leg) -> bytes:
     if params.client_seed and not params.greedy:
         sampling["sampling_seed"] = params.seed & _INT31
     fields: dict[str, Any] = {
-        "input_ids": request.prompt_token_ids.tolist(),
+        "input_ids": msgspec.Raw(leg.prompt_json or prompt_json(request)),
         "sampling_params": sampling,
         "stream": leg.stream,
     }

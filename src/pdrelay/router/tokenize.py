@@ -40,7 +40,8 @@ class TokenizeEndpoints:
         chat = body.prompt is None
         text = self._render(body) if body.prompt is None else body.prompt
         special = not chat if body.add_special_tokens is None else body.add_special_tokens
-        tokens = await encode(text, self._model, add_special_tokens=special, param="prompt")
+        encoded = await encode(text, self._model, add_special_tokens=special, param="prompt")
+        tokens = encoded.tolist()
         strings = None
         if body.return_token_strs:
             strings = [self._model.tokenizer.token_text(token_id) for token_id in tokens]

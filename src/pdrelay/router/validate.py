@@ -5,12 +5,13 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
 from pdrelay.core.sampling_params import SamplingParams
+from pdrelay.core.token_ids import TokenIds
 from pdrelay.errors import InvalidRequestError
 from pdrelay.model.chat_template import ChatTemplate
 from pdrelay.router.choice import TextOptions
@@ -21,6 +22,7 @@ from pdrelay.router.protocol import (
     GenerateRequest,
     decode_field,
 )
+from pdrelay.router.token_list import TokenLists
 
 _MAX_STOP_STRINGS = 64
 _MAX_STOP_CHARS = 1024
@@ -44,7 +46,7 @@ _UINT64 = 2**64
 class Prompt:
     """`text` is what the client sent, None for token ids."""
 
-    token_ids: list[int]
+    token_ids: TokenIds
     text: str | None = None
 
 
@@ -87,13 +89,11 @@ class Limits:
 # ---- prompts
 
 
-def completion_prompts(body: CompletionRequest, vocab_size: int) -> list[str] | list[list[int]]:
-    """The four forms of `prompt`, as a list. Raises InvalidRequestError.
-
-    Token ids are checked against the vocabulary while they are decoded: a pass over them in Python
-    would cost as much as decoding does.
-    """
-    raw = b"null" if isinstance(body.prompt, UnsetType) else bytes(body.prompt).lstrip()
+async def completion_prompts(
+    body: CompletionRequest, token_lists: TokenLists
+) -> list[str] | list[TokenIds]:
+    """The four forms of `prompt`, as a list. Raises InvalidRequestError."""
+    raw = b"null" if isinstance(body.prompt, UnsetType) else bytes(body.prompt).strip()
     if raw == b"null":
         raise InvalidRequestError("prompt is missing", "prompt")
     if raw[:1] == b'"':
@@ -103,21 +103,19 @@ def completion_prompts(body: CompletionRequest, vocab_size: int) -> list[str] | 
             "prompt must be text, a list of texts, token ids, or a list of lists of token ids",
             "prompt",
         )
-    inner = raw[1:].lstrip()[:1]
+    inner = raw[1:64].lstrip()[:1] or raw[1:].lstrip()[:1]
     if inner == b"]":
         raise InvalidRequestError("prompt is empty", "prompt")
     if inner == b'"':
         texts: list[str] = decode_field(raw, list[str], "prompt")
         return texts
-    token_id = Annotated[int, msgspec.Meta(ge=0, lt=vocab_size)]
     try:
         if inner == b"[":
-            lists: list[list[int]] = decode_field(raw, list[list[token_id]], "prompt")
-            return lists
-        return [decode_field(raw, list[token_id], "prompt")]
+            return token_lists.read_lists(raw, "prompt")
+        return [await token_lists.read(raw, "prompt")]
     except InvalidRequestError as error:
         raise InvalidRequestError(
-            f"{error} (the vocabulary has {vocab_size} token ids)", "prompt"
+            f"{error} (the vocabulary has {token_lists.vocab_size} token ids)", "prompt"
         ) from None
 
 

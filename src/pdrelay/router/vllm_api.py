@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from pdrelay.core.messages import EngineRequest, FinishReason, TokenLogprobs, TopLogprob
-from pdrelay.router.piece import Leg, Piece
+from pdrelay.router.piece import Leg, Piece, prompt_json
 
 COMPLETIONS = "/v1/completions"
 _INT63 = (1 << 63) - 1
@@ -67,9 +67,12 @@ _DECODER = msgspec.json.Decoder(_Body)
 def body(model: str, request: EngineRequest, leg: Leg) -> bytes:
     """The JSON body of one leg of a request."""
     params = request.params
+    prompt = leg.prompt_json or prompt_json(request)
+    if leg.more_prompt:
+        prompt = b"%b,%b" % (prompt[:-1], msgspec.json.encode(leg.more_prompt)[1:])
     fields: dict[str, Any] = {
         "model": model,
-        "prompt": [*request.prompt_token_ids.tolist(), *leg.more_prompt],
+        "prompt": msgspec.Raw(prompt),
         "max_tokens": leg.max_tokens,
         "min_tokens": leg.min_tokens,
         "temperature": params.temperature,
