@@ -79,6 +79,10 @@ def test_ports_are_kept_and_can_be_listened_on():
         ("vllm", "unknown", "", ["cannot be read"]),
         ("sglang", "unknown", "nixl", ["cannot be read"]),
         ("sglang", "0.5.16", "nixl", []),
+        ("sglang", "0.5.17", "nixl", []),
+        ("sglang", "0.5.18", "", ["to its end"]),
+        ("sglang", "0.5.19", "nixl", ["to its end"]),
+        ("sglang", "0.5.20", "nixl", []),
         ("sglang", "0.4.9", "nixl", ["untested"]),
     ],
 )
