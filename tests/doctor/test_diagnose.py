@@ -87,8 +87,12 @@ EXPECTED = {
     "request_id_format": "request_id_format",
     "request_id_randomised": "request_id_randomised",
     "sglang_bootstrap": "sglang_bootstrap",
+    "sglang_cpu_host_pool": "sglang_cpu_host_pool",
+    "sglang_cpu_overlap": "sglang_cpu_overlap",
     "sglang_killed": "oom_killed",
     "sglang_memory": "sglang_memory",
+    "sglang_no_cpu_engine": "sglang_cpu_engine",
+    "sglang_no_ibverbs": "sglang_mooncake_library",
     "sglang_no_mooncake": "sglang_backend_missing",
     "sglang_no_nixl": "nixl_missing",
     "sglang_port": "port_in_use",
@@ -107,6 +111,10 @@ EXPECTED = {
     "wrong_shape": "weights_do_not_fit",
     "wrong_torch_build": "wrong_torch_build",
 }
+
+
+HEALTHY = {"healthy": "Application startup complete", "sglang_healthy": "ready to roll"}
+FROM = ("# captured: vllm", "# captured: sglang", "# assembled, not captured: ")
 
 
 def read(name: str) -> tuple[str, str]:
@@ -130,21 +138,22 @@ def test_names_the_cause_and_quotes_its_line(name):
 
 
 def test_each_log_has_its_cause_and_says_where_it_is_from():
-    names = {path.stem for path in LOGS.glob("*.log")} - {"healthy"}
+    names = {path.stem for path in LOGS.glob("*.log")} - set(HEALTHY)
     assert names == set(EXPECTED)
     for name in names:
         header, _ = read(name)
-        assert header.startswith(("# captured: vllm", "# assembled, not captured: ")), name
+        assert header.startswith(FROM), name
 
 
 def test_each_rule_has_a_log():
     assert {rule.id for rule in (*RULES, *LAST_RESORT)} == set(EXPECTED.values())
 
 
-def test_a_log_of_a_server_that_served_names_nothing():
-    header, text = read("healthy")
-    assert header.startswith("# captured: ") and "Application startup complete" in text
-    assert diagnose(text, "vllm") == []
+@pytest.mark.parametrize("name", HEALTHY)
+def test_a_log_of_a_server_that_served_names_nothing(name):
+    header, text = read(name)
+    assert header.startswith("# captured: ") and HEALTHY[name] in text
+    assert diagnose(text, engine_of(name)) == []
 
 
 def test_logs_hold_no_paths_of_the_machine_that_captured_them():

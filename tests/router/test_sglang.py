@@ -93,6 +93,14 @@ async def test_both_sides_get_one_body_and_one_room():
         await door.idle()
 
 
+async def test_the_consumer_tells_what_the_producer_had_cached():
+    async with sglang_front_door(PD) as door:
+        door.fakes["prefill-0"].step_s = 60.0  # its answer comes too late
+        status, answer = await door.post("/v1/completions", {"prompt": PROMPT, "max_tokens": 1})
+        assert status == 200
+        assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 3
+
+
 async def test_what_sglang_cannot_do_is_refused():
     async with sglang_front_door() as door:
         body = {"prompt": PROMPT, "ignore_eos": True, "stop_token_ids": [5]}

@@ -22,6 +22,8 @@ _PACKAGES = (
     "nixl-cu12",
     "nixl-cu13",
     "mooncake-transfer-engine",
+    "mooncake-transfer-engine-cuda13",
+    "mooncake-transfer-engine-non-cuda",
     "lmcache",
     "transformers",
     "pdrelay",
@@ -48,14 +50,18 @@ if not names and importlib.util.find_spec(engine) is not None:  # a build under 
     versions[engine] = metadata.version(names[0]) if names else "unknown"
 for name in names:
     requires = metadata.requires(name) or []
-def text_of(package, *parts):
+def text_of(package, pattern):
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         return ""
-    path = pathlib.Path(list(spec.submodule_search_locations)[0], *parts)
-    return path.read_text() if path.is_file() else ""
-factory = text_of("vllm", "distributed", "kv_transfer", "kv_connector", "factory.py")
-options = text_of("sglang", "srt", "server_args.py")
+    paths = pathlib.Path(list(spec.submodule_search_locations)[0]).glob(pattern)
+    return "\\n".join(path.read_text() for path in sorted(paths))
+factory = text_of("vllm", "distributed/kv_transfer/kv_connector/factory.py")
+options = text_of("sglang", "srt/server_args.py")
+fields = options + text_of("sglang", "srt/arg_groups/fields/*.py")  # from 0.5.20 on
+def takes(flag):
+    field = flag[2:].replace("-", "_")
+    return '"' + flag + '"' in options or re.search(rf"^ +{field}: ", fields, re.M)
 cuda = re.search(r"^cuda[^=\\n]*=\\s*'([^']*)'", text_of("torch", "version.py"), re.M)
 print(json.dumps({
     "python": sys.version.split()[0],
@@ -63,7 +69,7 @@ print(json.dumps({
     "torch_requirement": next((r for r in requires if re.match(r"torch\\b(?!-)", r)), ""),
     "torch_cuda": cuda.group(1) if cuda else "",
     "connectors": re.findall(r"register_connector\\(\\s*[\\"'](\\w+)[\\"']", factory),
-    "flags": [flag for flag in flags if '"' + flag + '"' in options],
+    "flags": [flag for flag in flags if takes(flag)],
     "modules": [name for name in modules if importlib.util.find_spec(name) is not None],
 }))
 """

@@ -268,10 +268,43 @@ NIXL_RULES = (
 
 SGLANG_RULES = (
     Rule(
+        "sglang_mooncake_library",
+        r"ImportError: (?P<library>lib(?:ibverbs|rdmacm)[\w.]*): cannot open shared object",
+        "mooncake is installed, but the system has no {library}",
+        "install it (Debian: apt-get install libibverbs1 librdmacm1), or "
+        "--disaggregation-transfer-backend nixl",
+        near=r"mooncake",
+        engines=("sglang",),
+    ),
+    Rule(
         "sglang_backend_missing",
         r"Please install mooncake|No module named 'mooncake",
         "SGLang's transfer backend mooncake is not installed",
         "pip install mooncake-transfer-engine, or --disaggregation-transfer-backend nixl",
+        engines=("sglang",),
+    ),
+    Rule(
+        "sglang_cpu_engine",
+        r"No module named 'vllm'",
+        "SGLang takes a GPU's kernels on a CPU",
+        "set SGLANG_USE_CPU_ENGINE=1 in its environment, beside --device cpu",
+        near=r"rotary_embedding",
+        engines=("sglang",),
+    ),
+    Rule(
+        "sglang_cpu_host_pool",
+        r"Torch not compiled with CUDA enabled",
+        "SGLang's decode pins a pool of host memory for retracted requests, which needs CUDA",
+        "on a CPU add --disaggregation-decode-retraction-backup cpu_tensor",
+        near=r"pool_host",
+        engines=("sglang",),
+    ),
+    Rule(
+        "sglang_cpu_overlap",
+        r"Tried to instantiate dummy base class Event",
+        "SGLang's prefill waits for CUDA's events when its schedule overlaps with the forward pass",
+        "on a CPU add --disable-overlap-schedule",
+        near=r"disaggregation",
         engines=("sglang",),
     ),
     Rule(

@@ -12,6 +12,8 @@ KNOWN: dict[str, tuple[Version, Version]] = {  # tested or read; first, and firs
     "sglang": ((0, 5, 0), (0, 6, 0)),
 }
 
+_DEAF: tuple[Version, Version] = ((0, 5, 18), (0, 5, 20))  # of SGLang; first, and first beyond
+
 
 def find_engine(python: str, engine: str) -> EngineFacts:
     """What the environment of the interpreter `python` holds.
@@ -44,6 +46,11 @@ def engine_notes(engine: str, facts: EngineFacts, connector: str) -> list[str]:
         notes.append(f"the release of {engine} {version!r} cannot be read: {known}")
     elif not in_range(found, first, beyond):
         notes.append(f"{engine} {version} is untested: {known}")
+    elif engine == "sglang" and in_range(found, *_DEAF):
+        notes.append(
+            f"SGLang {version} computes a stream to its end when the client has left: 0.5.17 and "
+            "0.5.20 do not"
+        )
     if engine == "vllm" and connector:
         notes += _lacks(version, facts, connector)
     return notes

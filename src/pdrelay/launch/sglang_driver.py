@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from pdrelay.core.endpoint import HttpEndpoint
 from pdrelay.core.messages import Ready, Role
 from pdrelay.launch.external_driver import ExternalDriver
@@ -36,7 +38,7 @@ class SglangDriver(ExternalDriver):
         args += ["--served-model-name", resolved.served_model_name]
         args += ["--host", _HOST, "--port", str(port)]
         args += ["--context-length", str(resolved.max_model_len), "--random-seed", str(engine.seed)]
-        args += ["--dtype", resolved.dtype, *plan.engine_flags]
+        args += ["--dtype", resolved.dtype, *plan.engine_flags, "--log-level-http", "warning"]
         if resolved.device == "cpu":
             args += ["--device", "cpu"]
         if resolved.load_format == "dummy":
@@ -49,14 +51,24 @@ class SglangDriver(ExternalDriver):
             args += ["--disaggregation-mode", _MODES[spec.role]]
             args += ["--disaggregation-transfer-backend", resolved.transport]
         if spec.role is Role.PREFILL:
-            args += ["--disaggregation-bootstrap-port", str(self._bootstrap_port(spec))]
+            bootstrap_port = self._bootstrap_port(spec, incarnation)
+            args += ["--disaggregation-bootstrap-port", str(bootstrap_port)]
         return args
 
-    def _bootstrap_port(self, spec: InstanceSpec) -> int:
-        return self.plan.ports.port(f"{spec.instance}.bootstrap")
+    def _bootstrap_port(self, spec: InstanceSpec, incarnation: int) -> int:
+        """Another for each incarnation: consumers remember by it where a producer's ranks listen,
+        and wait for a restarted one at its dead predecessor's ports."""
+        return self.plan.ports.port(f"{spec.instance}.{incarnation}.bootstrap")
 
     def environment(self, spec: InstanceSpec) -> dict[str, str]:
-        return {}
+        env = {}
+        if spec.role is not Role.BOTH and not {"SGLANG_HOST_IP", "HOST_IP"} & os.environ.keys():
+            env["SGLANG_HOST_IP"] = _HOST  # else the two sides' ranks listen on the network's
+        if self.plan.resolved.device == "cpu":
+            env["SGLANG_USE_CPU_ENGINE"] = "1"  # `--device cpu` alone leaves a GPU's kernels
+            threads = str(self.plan.resolved.num_threads)
+            env["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", threads)
+        return env
 
     def endpoint(
         self, spec: InstanceSpec, incarnation: int, ready: Ready, url: str
@@ -67,5 +79,5 @@ class SglangDriver(ExternalDriver):
             url=url,
             ready=ready,
             bootstrap_host=_HOST if produces else "",
-            bootstrap_port=self._bootstrap_port(spec) if produces else 0,
+            bootstrap_port=self._bootstrap_port(spec, incarnation) if produces else 0,
         )

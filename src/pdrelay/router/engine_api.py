@@ -97,7 +97,7 @@ class VllmApi:
 
 class SglangApi:
     path: str = sglang_api.GENERATE
-    fact_paths: tuple[str, ...] = ("/v1/models", "/get_server_info")
+    fact_paths: tuple[str, ...] = ("/v1/models", "/server_info")
     stats_path: str = ""
 
     def read_facts(self, answers: Mapping[str, bytes | None]) -> Facts:

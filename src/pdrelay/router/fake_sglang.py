@@ -63,7 +63,7 @@ class FakeSglang(FakeServer):
 
     def routes(self) -> list[web.RouteDef]:
         return [
-            web.get("/get_server_info", self._server_info),
+            web.get("/server_info", self._server_info),
             web.post("/generate", self._generate),
         ]
 
@@ -94,13 +94,16 @@ class FakeSglang(FakeServer):
             self.running -= 1
 
     async def _whole(self, body: dict[str, Any]) -> web.Response:
-        num = 1 if self.role is Role.PREFILL else body["sampling_params"]["max_new_tokens"]
+        produces = self.role is Role.PREFILL
+        num = 1 if produces else body["sampling_params"]["max_new_tokens"]
         tokens: list[int] = []
         finish = None
         while finish is None:
             await self.step()
             tokens.append(self.token(body["input_ids"], len(tokens)))
             finish = self._finish(body, tokens, num)
+        if produces and finish["type"] == "length":
+            finish = {"type": "length", "length": 0}  # it counts what it leaves to the consumer
         return web.json_response(self._chunk(body, tokens, 0, finish))
 
     async def _stream(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
@@ -148,7 +151,9 @@ class FakeSglang(FakeServer):
             meta["output_top_logprobs"] = [
                 [_entry(token + i, i) for i in range(num_top)] for token in shown
             ]
-            if body["logprob_start_len"] == 0:
+            if self.role is Role.DECODE:  # it computes nothing of the prompt
+                meta["input_token_logprobs"] = meta["input_top_logprobs"] = []
+            elif body["logprob_start_len"] == 0:
                 prompt = body["input_ids"]
                 meta["input_token_logprobs"] = [
                     [None, prompt[0], None],

@@ -15,7 +15,8 @@ asked for is one of two seams:
 `continue` is right for all sampling parameters but presence and frequency penalties, which count
 output tokens; `resample` is right for these too, and the only one that lets both start at once.
 SGLang's producer answers when its KV has moved, and hands token 1 over with it: all tokens come
-from its consumer.
+from its consumer, with how many of the prompt's the producer had cached; the prompt's
+log-probabilities are in the producer's answer.
 """
 
 from __future__ import annotations
@@ -76,7 +77,9 @@ class HandOver:
         self.begun = asyncio.Event()  # the producer's leg
         self.transfer_id = secrets.token_hex(16)
         self.room = secrets.randbits(62)
-        self.first: asyncio.Future[Piece] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        self.first: asyncio.Future[Piece] = loop.create_future()  # token 1
+        self.produced: asyncio.Future[Piece] = loop.create_future()  # SGLang's producer's answer
 
     @property
     def prompt_json(self) -> bytes:
@@ -324,25 +327,27 @@ class SglangStyle:
         )
 
     async def produce(self, hand_over: HandOver) -> None:
-        """Its answer says that the KV has moved, and how much of the prompt it had cached."""
+        """Its answer says that the KV has moved."""
         request, producer = hand_over.request, hand_over.producer
         try:
             answer = await producer.once(request, self._leg(hand_over, stream=False))
-            producer.emit(request.request_id, Piece(num_cached_tokens=answer.num_cached_tokens))
         except Exception:
             if not hand_over.first.done():
                 raise
             _log.info("%s: the producer failed late", request.request_id, exc_info=True)
+        else:
+            hand_over.produced.set_result(answer)
 
     async def consume(self, hand_over: HandOver, consumer: Caller) -> None:
         request_id = hand_over.request.request_id
         leg = self._leg(hand_over, stream=True)
         async with contextlib.aclosing(consumer.stream(hand_over.request, leg)) as pieces:
             async for piece in pieces:
-                piece.num_cached_tokens = None  # the producer's count
                 if hand_over.first.done():
                     consumer.emit(request_id, piece)
                     continue
+                if hand_over.request.params.prompt_logprobs is not None:
+                    piece.prompt_logprobs = (await hand_over.produced).prompt_logprobs
                 # Token 1 is the producer's, whoever told it.
                 hand_over.first.set_result(piece)
                 first, rest = piece.split_first()
