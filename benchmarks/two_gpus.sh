@@ -5,6 +5,7 @@
 #
 #   lab         idle latency, interference and fixed rates: native and vLLM, P/D and one instance, NIXL
 #   lab-more    the same run goes on with TP=2 and two replicas of both
+#   sglang      and with SGLang's P/D and one instance (SGLANG_ARGS: its --engine-args)
 #   kv          experiment 5: transfers by length and transport, beside prefill
 #   transports  bulk copies beside the link's peak
 #   tp          a step of TP=2 beside its floor
@@ -12,7 +13,8 @@
 #   tests       what needs GPUs, in one process
 #
 # MODEL, DEVICE, PYTHON, LAB_S (seconds of each lab step) and MORE (further arguments of the lab) may
-# be set. Without vLLM in PYTHON's environment its topologies are named in the report's notes.
+# be set. Engines that PYTHON's environment lacks are named in the report's notes; one with an
+# environment of its own: MORE="--engine-python sglang=PATH".
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -39,6 +41,10 @@ step() {
             native/pd:1:1,vllm/pd:1:1,vllm/replicas:1,native/replicas:1,vllm+nixl/pd:1:1
         ;;
     lab-more) lab --add --topologies native/tp:2,native/replicas:2,vllm/tp:2,vllm/replicas:2 ;;
+    sglang)
+        lab --add --engine-args "sglang=${SGLANG_ARGS:-}" \
+            --topologies sglang/pd:1:1,sglang/replicas:1
+        ;;
     kv)
         "$python" -m pdrelay kv "$model" --device "$device" --lengths 512,2048,8192 \
             --block-sizes 64 --transport mapped,nccl --repeats 12 --serve-requests 12 \
@@ -63,7 +69,7 @@ step() {
     esac
 }
 
-[ $# -gt 0 ] || set -- lab lab-more kv transports tp client tests
+[ $# -gt 0 ] || set -- lab lab-more sglang kv transports tp client tests
 status=0
 for name in "$@"; do
     echo "== $name"

@@ -7,7 +7,7 @@ import pytest
 from pdrelay.core.clock import FakeClock
 from pdrelay.integrations.vllm.bookkeeping import ConsumerBook, ProducerBook, Prompt
 from pdrelay.integrations.vllm.params import RemoteDecode, RemotePrefill
-from pdrelay.integrations.vllm.step import Interest, StepPlan, prompt_digest
+from pdrelay.integrations.vllm.step import Interest, StepPlan, prompt_digest, prompt_digests
 
 TOKENS = list(range(10))
 PROMPT = Prompt(TOKENS)
@@ -189,3 +189,6 @@ def test_digests_tell_prompts_apart(extra):
         prompt_digest(TOKENS, extra),
     }
     assert len(digests) == 4
+    for prompt in (TOKENS, TOKENS[:1]):
+        both = [prompt_digest(prompt, extra), prompt_digest(prompt[:-1], extra)]
+        assert prompt_digests(prompt, extra) == both

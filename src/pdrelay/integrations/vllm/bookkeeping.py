@@ -10,7 +10,14 @@ from dataclasses import dataclass
 
 from pdrelay.core.clock import Clock
 from pdrelay.integrations.vllm.params import RemoteDecode, RemotePrefill
-from pdrelay.integrations.vllm.step import Chunk, Interest, Load, StepPlan, prompt_digest
+from pdrelay.integrations.vllm.step import (
+    Chunk,
+    Interest,
+    Load,
+    StepPlan,
+    prompt_digest,
+    prompt_digests,
+)
 
 _RENEWALS = 3  # asks in the time of one lease
 _MAX_USED = 4096  # transfer ids remembered so that none is loaded twice
@@ -23,8 +30,11 @@ class Prompt:
     token_ids: Sequence[int]
     extra: tuple[str, ...] = ()
 
-    def digest(self, num_tokens: int) -> bytes:
-        return prompt_digest(self.token_ids[:num_tokens], self.extra)
+    def digest(self) -> bytes:
+        return prompt_digest(self.token_ids, self.extra)
+
+    def digests(self) -> list[bytes]:
+        return prompt_digests(self.token_ids, self.extra)
 
 
 @dataclass
@@ -66,7 +76,7 @@ class ProducerBook:
             self._handing[request_id] = Handing(
                 params.transfer_id,
                 num_tokens,
-                prompt.digest(num_tokens),
+                prompt.digest(),
                 num_preemptions,
                 num_preemptions(),
                 [],
@@ -187,7 +197,6 @@ class ConsumerBook:
         assert len(blocks) >= stop
         self._loading[params.transfer_id] = request_id
         self._wanted[request_id] = Wanted(params, None)
-        digests = [prompt.digest(num_tokens), prompt.digest(num_tokens - 1)]
         self._loads.append(
             Load(
                 request_id,
@@ -196,7 +205,7 @@ class ConsumerBook:
                 first,
                 list(blocks[first:stop]),
                 num_tokens,
-                digests,
+                prompt.digests(),
             )
         )
 

@@ -60,7 +60,19 @@ class StepPlan:
 
 def prompt_digest(token_ids: Sequence[int], extra: Iterable[str] = ()) -> bytes:
     """16 bytes that two prompts share only if their tokens and `extra` (adapter, images) agree."""
-    state = hashlib.blake2b(array("q", token_ids).tobytes(), digest_size=16)
+    state = hashlib.blake2b(array("q", token_ids), digest_size=16)
+    return _with_extra(state, extra)
+
+
+def prompt_digests(token_ids: Sequence[int], extra: Sequence[str] = ()) -> list[bytes]:
+    """`prompt_digest` of the prompt, and of it without its last token, in one pass."""
+    state = hashlib.blake2b(array("q", token_ids[:-1]), digest_size=16)
+    shorter = _with_extra(state.copy(), extra)
+    state.update(array("q", token_ids[-1:]))
+    return [_with_extra(state, extra), shorter]
+
+
+def _with_extra(state: hashlib.blake2b, extra: Iterable[str]) -> bytes:
     for text in extra:
         state.update(b"\0" + text.encode("utf-8", "surrogatepass"))
     return state.digest()
