@@ -76,9 +76,9 @@ class Staging:
         if self._grid is None:
             return self._device.copy(self._runs(parts, gather=gather), after)
         pages = np.concatenate(
-            [self._grid.pages(part.layer, np.array(part.blocks, np.int64)) for part in parts]
-        ).tolist()
-        staged = range(len(pages))
+            [self._grid.pages(part.layer, np.array(part.blocks, np.int32)) for part in parts]
+        )
+        staged = np.arange(len(pages), dtype=np.int32)
         pool = PagePool(_staged_layout(self._grid.pool.layout, len(pages)), self.address)
         if gather:
             move = PageMove(0, BlockPairs(pages, staged))
