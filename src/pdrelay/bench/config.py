@@ -14,7 +14,6 @@ from pdrelay.bench.workload import MAX_LEN
 from pdrelay.errors import ConfigError
 
 DEFAULT_NUM_PROMPTS = 100
-DEFAULT_NUM_WARMUPS = 4
 MAX_NUM = 10_000_000
 MAX_RATE = 1e6  # requests/s
 MAX_CONCURRENCY = 10_000  # open sockets

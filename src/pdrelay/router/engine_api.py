@@ -39,8 +39,6 @@ class EngineApi(Protocol):
     def reader(self) -> Callable[[bytes], Piece]:
         """Reads the answer of one call: each event's data in order, or the whole body."""
 
-    def error_text(self, body: bytes) -> str: ...
-
     def read_stats(self, body: bytes) -> WorkerStats: ...
 
 
@@ -88,9 +86,6 @@ class VllmApi:
     def reader(self) -> Callable[[bytes], Piece]:
         return vllm_api.read_piece
 
-    def error_text(self, body: bytes) -> str:
-        return vllm_api.error_text(body)
-
     def read_stats(self, body: bytes) -> WorkerStats:
         return vllm_stats.read_stats(body, monotonic_ns())
 
@@ -114,9 +109,6 @@ class SglangApi:
 
     def reader(self) -> Callable[[bytes], Piece]:
         return sglang_api.StreamReader()
-
-    def error_text(self, body: bytes) -> str:
-        return sglang_api.error_text(body)
 
     def read_stats(self, body: bytes) -> WorkerStats:
         return WorkerStats()

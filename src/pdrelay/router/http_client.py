@@ -47,6 +47,7 @@ from pdrelay.errors import (
 )
 from pdrelay.router.engine_api import EngineApi, api_of
 from pdrelay.router.engine_client import Listener, Observer
+from pdrelay.router.engine_errors import error_text
 from pdrelay.router.http_pd import HandOvers, Work
 from pdrelay.router.http_session import HttpSession
 from pdrelay.router.http_wire import Target, Wire
@@ -352,7 +353,7 @@ class HttpEngineClient:
             status = await answer.status()
             if status != 200:
                 body = await answer.read_all(_MAX_ERROR_BYTES)
-                raise self._refusal(status, api.error_text(body))
+                raise self._refusal(status, error_text(body))
             yield answer
 
     def _refusal(self, status: int, text: str) -> RequestError:

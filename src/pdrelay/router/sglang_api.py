@@ -13,6 +13,7 @@ import msgspec
 
 from pdrelay.core.messages import EngineRequest, FinishReason, TokenLogprobs, TopLogprob
 from pdrelay.errors import InvalidRequestError
+from pdrelay.router.engine_errors import EngineError
 from pdrelay.router.piece import Leg, Piece, prompt_json
 
 GENERATE = "/generate"
@@ -38,14 +39,10 @@ class _Meta(msgspec.Struct):
     output_top_logprobs: list[list[_Entry] | None] | None = None
 
 
-class _Error(msgspec.Struct):
-    message: str = ""
-
-
 class _Body(msgspec.Struct):
     output_ids: list[int] | None = None
     meta_info: _Meta | None = None
-    error: _Error | None = None
+    error: EngineError | None = None
     message: str = ""
 
 
@@ -148,14 +145,3 @@ def _logprobs(entry: _Entry, given: list[_Entry] | None) -> TokenLogprobs:
     ]
     rank = next((each.rank for each in top if each.token_id == token_id), len(top) + 1)
     return TokenLogprobs(token_id, -float("inf") if logprob is None else logprob, rank, top)
-
-
-def error_text(data: bytes) -> str:
-    """What an error response says, as one line."""
-    try:
-        message = _DECODER.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        text = data.decode("utf-8", "replace")
-    else:
-        text = message.error.message if message.error is not None else message.message
-    return " ".join(text.split())[:500] or "no reason given"

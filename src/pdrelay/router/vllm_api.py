@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from pdrelay.core.messages import EngineRequest, FinishReason, TokenLogprobs, TopLogprob
+from pdrelay.router.engine_errors import EngineError
 from pdrelay.router.piece import Leg, Piece, prompt_json
 
 COMPLETIONS = "/v1/completions"
@@ -48,16 +49,10 @@ class _Usage(msgspec.Struct):
     prompt_tokens_details: _Details | None = None
 
 
-class _Error(msgspec.Struct):
-    message: str = ""
-    code: int | str | None = None
-
-
 class _Body(msgspec.Struct):
     choices: list[_Choice] = []
     usage: _Usage | None = None
-    error: _Error | None = None
-    message: str = ""  # of errors, in older versions
+    error: EngineError | None = None
     kv_transfer_params: dict[str, Any] | None = None
 
 
@@ -173,14 +168,3 @@ def _prompt_logprobs(given: dict[str, _PromptLogprob] | None) -> TokenLogprobs |
     own, *rest = entries
     top = sorted([own, *rest], key=lambda each: each.rank)
     return TokenLogprobs(own.token_id, own.logprob, own.rank, top)
-
-
-def error_text(data: bytes) -> str:
-    """What an error response says, as one line."""
-    try:
-        message = _DECODER.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        text = data.decode("utf-8", "replace")
-    else:
-        text = message.error.message if message.error is not None else message.message
-    return " ".join(text.split())[:500] or "no reason given"
