@@ -92,8 +92,13 @@ class Kit:
             for i in range(start // BLOCK_SIZE, -(-stop // BLOCK_SIZE)):
                 self.source.array[layer, blocks[i]] = page_value(prompt, layer, i, stop)
             between(layer)
-            self.producer.layer_written(layer)
+            self.layer_written(layer)
         self.producer.end_step()
+
+    def layer_written(self, layer: int) -> None:
+        """As `ProducerService` does, with one thread."""
+        if self.producer.layer_due(layer):
+            self.producer.push()
 
     def hold(self, *request_ids: str) -> None:
         self.producer.begin_step(StepPlan(held=list(request_ids)))

@@ -79,7 +79,7 @@ class Run:
             for number, before in announced.items():
                 if before == layer:
                     self.announce(number)
-            self.kit.producer.layer_written(layer)
+            self.kit.layer_written(layer)
         self.kit.producer.end_step()
 
     def lose(self, number: int, how: str) -> None:

@@ -54,7 +54,7 @@ class DeviceKit(Kit):
             self.p.device.launch(
                 lambda layer=layer, ids=ids: self.p.write(layer, ids, value + layer)
             )
-            self.producer.layer_written(layer)
+            self.layer_written(layer)
         self.producer.end_step()
 
     def arrived_values(self, value: int, blocks: list[int]) -> bool:

@@ -70,8 +70,8 @@ def test_announced_between_two_layers(kit):
             kit.producer.poll()
 
     landed = []
-    real = kit.producer.layer_written
-    kit.producer.layer_written = lambda layer: (real(layer), landed.append(kit.world.num_landed))
+    real = kit.layer_written
+    kit.layer_written = lambda layer: (real(layer), landed.append(kit.world.num_landed))
     kit.prefill("r", PROMPT, P_BLOCKS, between=announce)
     assert landed == [0, 2, 3]  # it need not wait for the step's end
     kit.pump()
@@ -118,7 +118,7 @@ def test_layers_that_do_not_report_leave_at_the_end_of_the_step(kit):
     """A replayed graph calls no hook."""
     kit.load("r", PROMPT, D_BLOCKS)
     kit.pump()
-    kit.producer.layer_written = lambda layer: None
+    kit.layer_written = lambda layer: None
     kit.prefill("r", PROMPT, P_BLOCKS)
     kit.pump()
     assert kit.arrived(PROMPT, D_BLOCKS)

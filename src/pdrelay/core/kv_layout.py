@@ -58,6 +58,10 @@ class KVLayout(msgspec.Struct, frozen=True, kw_only=True):
         """Byte offset of one layer of one block from the start of the pool."""
         return (layer * self.num_blocks + block) * self.layer_block_bytes
 
+    def one_layer(self, num_blocks: int) -> KVLayout:
+        """Such pages, as one layer of `num_blocks`."""
+        return msgspec.structs.replace(self, num_layers=1, num_blocks=num_blocks)
+
     def compatible(self, other: KVLayout) -> bool:
         """Whether pages can be copied between the two pools byte for byte."""
         mine = (self.num_layers, self.block_size, self.num_kv_heads, self.head_dim, self.dtype)

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pdrelay.core.kv_layout import KVLayout, contiguous_runs
+from pdrelay.core.kv_layout import contiguous_runs
 from pdrelay.transport.device import Copy, DevicePages, Event, PinnedMemory, Run, page_runs
 from pdrelay.transport.pages import SharedPages
 
@@ -112,7 +112,7 @@ class StagedAccess:
         self.blocks_a_part = max(1, buffer_bytes // self.layout.layer_block_bytes)
         self._half_bytes = self.blocks_a_part * self.layout.layer_block_bytes
         # One layer of `blocks_a_part` blocks, one after the other.
-        self.flat = _one_layer(self.layout, self.blocks_a_part)
+        self.flat = self.layout.one_layer(self.blocks_a_part)
         self._buffer: PinnedMemory | None = None
 
     def _pinned(self) -> PinnedMemory:
@@ -157,14 +157,3 @@ class StagedAccess:
 
 def page_access(pages: SharedPages | DevicePages) -> PageAccess:
     return HostAccess(pages) if isinstance(pages, SharedPages) else StagedAccess(pages)
-
-
-def _one_layer(layout: KVLayout, num_blocks: int) -> KVLayout:
-    return KVLayout(
-        num_layers=1,
-        num_blocks=num_blocks,
-        block_size=layout.block_size,
-        num_kv_heads=layout.num_kv_heads,
-        head_dim=layout.head_dim,
-        dtype=layout.dtype,
-    )

@@ -175,12 +175,7 @@ class DeviceWriter:
     def _sorted(self, move: Move) -> tuple[Blocks, Blocks]:
         """The move's blocks in the order of the source's: vLLM hands out freed blocks backwards,
         and where both sides do, they are one run. Found once for the layers of a chunk."""
-        last = self._last_move
-        if (
-            last is None
-            or move.src_blocks is not last.src_blocks
-            or move.dst_blocks is not last.dst_blocks
-        ):
+        if not move.same_chunk(self._last_move):
             self._last_move = move
             src = np.array(move.src_blocks, np.int32)
             order = np.argsort(src)

@@ -21,10 +21,10 @@ from pdrelay.integrations.vllm.nccl_wire import NcclMessage
 from pdrelay.integrations.vllm.nccl_writer import NcclWriter
 from pdrelay.integrations.vllm.page_layout import PageLayout
 from pdrelay.integrations.vllm.pages import Offer
-from pdrelay.integrations.vllm.staging import STAGING_BYTES
 from pdrelay.transport.device import Device, Event
 from pdrelay.transport.nccl_end import NcclEnd
 from pdrelay.transport.nccl_library import NcclLibrary
+from pdrelay.transport.nccl_wire import STAGING_BYTES
 
 TIMEOUT_S = 30.0  # of a silent peer: its GPU may be busy with a long prefill
 

@@ -85,9 +85,8 @@ class NcclTaker:
                 staging.close()
 
     def _take(self, put: Put, staging: Staging) -> None:
-        self._check(put)
-        pieces = [(staging.address, staging.num_bytes(put.parts))]
-        self._end.receive(pieces, staging.stream.handle)
+        num_bytes = self._checked_bytes(put, staging)
+        self._end.receive([(staging.address, num_bytes)], staging.stream.handle)
         self._end.wait(staging.stream.record())
         with self._lock:
             if self._closed:
@@ -96,13 +95,13 @@ class NcclTaker:
         self._num_placed += 1
         self._end.say(Placed(self._num_placed))
 
-    def _check(self, put: Put) -> None:
+    def _checked_bytes(self, put: Put, staging: Staging) -> int:
         """Raises ProtocolError for pages that do not exist."""
-        layers, num_blocks = self._layout.layers, self._layout.num_blocks
-        num_bytes = 0
+        num_layers, num_blocks = len(self._layout.layers), self._layout.num_blocks
         for part in put.parts:
-            if part.layer >= len(layers) or any(block >= num_blocks for block in part.blocks):
+            if part.layer >= num_layers or any(block >= num_blocks for block in part.blocks):
                 raise ProtocolError("a page that does not exist")
-            num_bytes += len(part.blocks) * layers[part.layer].block_bytes
+        num_bytes = staging.num_bytes(put.parts)
         if not 0 < num_bytes <= staging_bytes(self._layout):
             raise ProtocolError(f"{num_bytes} bytes in one piece")
+        return num_bytes

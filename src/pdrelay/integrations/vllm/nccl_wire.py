@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import msgspec
 
-from pdrelay.integrations.vllm.staging import Natural, Part
-from pdrelay.transport.nccl_wire import Join, Joining
+from pdrelay.integrations.vllm.staging import Part
+from pdrelay.transport.nccl_wire import Join, Joining, Natural
 
 
 class Put(msgspec.Struct, frozen=True, tag="put"):

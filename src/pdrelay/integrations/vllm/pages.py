@@ -34,6 +34,14 @@ class Move(msgspec.Struct, frozen=True):
     src_blocks: Sequence[int]
     dst_blocks: Sequence[int]
 
+    def same_chunk(self, other: Move | None) -> bool:
+        """Whether the two share their lists."""
+        return (
+            other is not None
+            and self.src_blocks is other.src_blocks
+            and self.dst_blocks is other.dst_blocks
+        )
+
 
 def alike(moves: Sequence[Move]) -> list[tuple[list[int], Move]]:
     """Layers whose moves are the same but for them, of neighbours, and one such move."""
@@ -41,11 +49,7 @@ def alike(moves: Sequence[Move]) -> list[tuple[list[int], Move]]:
     layers: list[int] = []
     last: Move | None = None
     for move in moves:
-        if (
-            last is None
-            or move.src_blocks is not last.src_blocks
-            or move.dst_blocks is not last.dst_blocks
-        ):
+        if not move.same_chunk(last):
             layers, last = [], move
             groups.append((layers, move))
         layers.append(move.layer)

@@ -172,14 +172,8 @@ class Producer:
         self._announced = any(out.link is not None for out in self._step)
         self._stride = self._push_at = self._layers_a_push()
 
-    def layer_written(self, layer: int) -> None:
-        """The step's KV of `layer` is issued: send the blocks that it completes, once that is
-        worth it."""
-        if self.layer_due(layer):
-            self.push()
-
     def layer_due(self, layer: int) -> bool:
-        """The part of `layer_written` that needs no lock: whether `push` should follow."""
+        """The step's KV of `layer` is issued; whether `push` should follow. Needs no lock."""
         self._written[layer] = None
         return self._announced and len(self._written) >= self._push_at
 

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated
 
 import msgspec
 import numpy as np
 
-from pdrelay.core.kv_layout import KVLayout
 from pdrelay.integrations.vllm.page_grid import page_grid
 from pdrelay.integrations.vllm.page_layout import PageLayout
 from pdrelay.transport.device import BlockPairs, Copy, Device, Event, PageMove, PagePool, Run
-
-STAGING_BYTES = 16 << 20  # what is sent in one go, if no block of a layer is larger
-
-Natural = Annotated[int, msgspec.Meta(ge=0)]
+from pdrelay.transport.nccl_wire import STAGING_BYTES, Natural
 
 
 class Part(msgspec.Struct, frozen=True, array_like=True):
@@ -27,7 +22,7 @@ class Part(msgspec.Struct, frozen=True, array_like=True):
 
 
 def staging_bytes(layout: PageLayout) -> int:
-    """Both ends' layouts have the same blocks, and so the same staging memory."""
+    """As much as is sent in one go. Both ends' layouts have the same blocks, and so the same."""
     return max(STAGING_BYTES, *(layer.block_bytes for layer in layout.layers))
 
 
@@ -79,7 +74,7 @@ class Staging:
             [self._grid.pages(part.layer, np.array(part.blocks, np.int32)) for part in parts]
         )
         staged = np.arange(len(pages), dtype=np.int32)
-        pool = PagePool(_staged_layout(self._grid.pool.layout, len(pages)), self.address)
+        pool = PagePool(self._grid.pool.layout.one_layer(len(pages)), self.address)
         if gather:
             move = PageMove(0, BlockPairs(pages, staged))
             return self._device.copy_pages(self._grid.pool, pool, [move], after)
@@ -101,14 +96,3 @@ class Staging:
             for plane in layer.planes:
                 for block in part.blocks:
                     yield base + plane.offset + block * plane.block_stride, plane.num_bytes
-
-
-def _staged_layout(pages: KVLayout, num_pages: int) -> KVLayout:
-    return KVLayout(
-        num_layers=1,
-        num_blocks=num_pages,
-        block_size=pages.block_size,
-        num_kv_heads=pages.num_kv_heads,
-        head_dim=pages.head_dim,
-        dtype=pages.dtype,
-    )
