@@ -442,7 +442,7 @@ def run_reader(args: argparse.Namespace) -> None:
     tokens = [
         [(t, data.count(b"data: {")) for t, data in log if data.count(b"data: {")] for log in reads
     ]
-    Path(args.out).write_text(json.dumps(tokens))
+    write_json(args.out, tokens)
 
 
 def run_sender(args: argparse.Namespace) -> None:
@@ -463,7 +463,7 @@ def run_sender(args: argparse.Namespace) -> None:
             if not first and b"data: {" in data:
                 first = time.monotonic_ns()
         windows.append((sent, first, time.monotonic_ns()))
-    Path(args.out).write_text(json.dumps(windows))
+    write_json(args.out, windows)
 
 
 async def run_bench_client(args: argparse.Namespace, turns: TurnSelector | None) -> None:
@@ -725,7 +725,7 @@ def main() -> None:
             turns = instrumented(_FRONT_DOOR) if args.turns else None
             run_loop(run_router(args), turns)
             if turns is not None:
-                Path(args.out).write_text(json.dumps(turns.report()))
+                write_json(args.out, turns.report())
         case "reader":
             run_reader(args)
         case "sender":

@@ -8,6 +8,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from serve_harness import Server
+
 PROMPTS = [list(range(1 + i, 30 + 7 * i)) for i in range(4)]
 
 
@@ -19,6 +21,19 @@ def save_tiny(directory):
     save_pretrained_dummy("tiny", 0, directory)
     byte_level_tokenizer().save(str(directory))
     return str(directory)
+
+
+def production_server(directory, model, engine, python, engine_args, start_s, *args, **more):
+    """`engine` of the environment of `python`, on the CPU, with room for PROMPTS."""
+    return Server(
+        directory,
+        model,
+        *("--engine", engine, "--engine-python", python, "--device", "cpu"),
+        *("--max-model-len", "1024", "--startup-timeout", str(start_s)),
+        *(f"--engine-args={engine_args}", *args),
+        start_s=start_s,
+        **more,
+    )
 
 
 def ask(server, path, body):

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from real_engine import PROMPTS, ask, gone, post, save_tiny, tokens
+from real_engine import PROMPTS, ask, gone, post, production_server, save_tiny, tokens
 from serve_harness import Server
 
 PYTHON = os.environ.get("PDRELAY_SGLANG_PYTHON", "")
@@ -42,15 +42,9 @@ def model(tmp_path_factory):
 
 
 def sglang(directory, model, *args):
-    return Server(
-        directory,
-        model,
-        *("--engine", "sglang", "--engine-python", PYTHON, "--device", "cpu"),
-        *("--max-model-len", "1024", "--startup-timeout", str(START_S)),
-        *(f"--engine-args={ENGINE_ARGS}", *args),
-        start_s=START_S,
-        env={"PYTHONPATH": ":".join(filter(None, [str(STUBS), os.environ.get("PYTHONPATH")]))},
-    )
+    path = ":".join(filter(None, [str(STUBS), os.environ.get("PYTHONPATH")]))
+    settings = ("sglang", PYTHON, ENGINE_ARGS, START_S)
+    return production_server(directory, model, *settings, *args, env={"PYTHONPATH": path})
 
 
 @pytest.fixture(scope="module")

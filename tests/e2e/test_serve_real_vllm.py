@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from real_engine import PROMPTS, gone, post, save_tiny, tokens
+from real_engine import PROMPTS, gone, post, production_server, save_tiny, tokens
 from serve_harness import Server
 
 PYTHON = os.environ.get("PDRELAY_VLLM_PYTHON", "")
@@ -31,14 +31,8 @@ def model(tmp_path_factory):
 
 
 def vllm(directory, model, *args):
-    return Server(
-        directory,
-        model,
-        *("--engine", "vllm", "--engine-python", PYTHON, "--device", "cpu"),
-        *("--max-model-len", "1024", "--startup-timeout", str(START_S)),
-        *("--engine-args=--enforce-eager", *args),
-        start_s=START_S,
-    )
+    settings = ("vllm", PYTHON, "--enforce-eager", START_S)
+    return production_server(directory, model, *settings, *args)
 
 
 @pytest.fixture(scope="module")

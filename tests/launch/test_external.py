@@ -127,23 +127,27 @@ def test_the_end_of_an_engine_is_explained(log, said):
 
 
 @contextlib.contextmanager
-def plan_on_two_gpus():
-    config = ServeConfig(
-        engine=EngineConfig("llama-3.1-8b", engine="vllm"), topology=PrefillDecode(1, 1)
-    )
+def plan_of(engine, **fields):
+    """One prefill and one decode instance of `engine`, on a host with two GPUs."""
+    config = ServeConfig(engine=engine, topology=PrefillDecode(1, 1))
     host = Host(8, 64 << 30, 64 << 30, 2, 4096, None)
     with RunDir() as run_dir, Ports() as ports:
         yield EnginePlan(
             config=config,
-            resolved=resolve_external(config, BUILT_IN["llama-3.1-8b"], host),
+            resolved=resolve_external(config, BUILT_IN[engine.model], host),
             run_dir=run_dir,
             ports=ports,
             python="/v/python",
-            version="0.26.0",
             model_dir="/m",
-            api_key="k3y",
-            gpus=with_peers(assign_gpus(instances(config.topology), ["0", "1"]), ["0", "1"]),
+            **fields,
         )
+
+
+def plan_on_two_gpus():
+    assigned = assign_gpus(instances(PrefillDecode(1, 1)), ["0", "1"])
+    engine = EngineConfig("llama-3.1-8b", engine="vllm")
+    gpus = with_peers(assigned, ["0", "1"])
+    return plan_of(engine, version="0.26.0", api_key="k3y", gpus=gpus)
 
 
 def connector_config_of(command: list[str]) -> dict[str, str]:
@@ -224,24 +228,10 @@ def test_an_instance_over_two_gpus_reports_both_and_none_behind_them():
         assert replace(plan, gpus={spec.instance: "4,7,9"}).own_gpus(spec) == "4,7"
 
 
-@contextlib.contextmanager
 def sglang_plan(device):
-    config = ServeConfig(
-        engine=EngineConfig("tiny", engine="sglang", device=device, threads_per_rank=3),
-        topology=PrefillDecode(1, 1),
-    )
-    host = Host(8, 64 << 30, 64 << 30, 2, 4096, None)
-    with RunDir() as run_dir, Ports() as ports:
-        yield EnginePlan(
-            config=config,
-            resolved=resolve_external(config, BUILT_IN["tiny"], host),
-            run_dir=run_dir,
-            ports=ports,
-            python="/v/python",
-            version="0.5.21",
-            model_dir="/m",
-            gpus={"prefill-0": "0", "decode-0": "1"} if device == "cuda" else {},
-        )
+    engine = EngineConfig("tiny", engine="sglang", device=device, threads_per_rank=3)
+    gpus = {"prefill-0": "0", "decode-0": "1"} if device == "cuda" else {}
+    return plan_of(engine, version="0.5.21", gpus=gpus)
 
 
 def option(command, name):

@@ -86,7 +86,7 @@ async def test_requests_at_once_have_connections_of_their_own() -> None:
 async def test_no_connection_that_was_idle_for_long_is_used(monkeypatch: Any) -> None:
     async with running(say_ok) as (server, target, wires):
         await ask(wires, target)
-        monkeypatch.setattr("pdrelay.router.http_wire._IDLE_S", 0.0)
+        monkeypatch.setattr("pdrelay.router.http_wire.IDLE_S", 0.0)
         await ask(wires, target)
         assert [number for number, _, _ in server.requests] == [1, 2]
         await server.lost.wait()

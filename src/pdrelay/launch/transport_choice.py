@@ -11,7 +11,7 @@ from pdrelay.core.messages import Role
 from pdrelay.errors import TransportError
 from pdrelay.launch.resolve import ResolvedConfig
 from pdrelay.launch.topology import InstanceSpec, gpu_of
-from pdrelay.transport.choose import FALLBACKS, GpuProbe, choose_transport, probe_gpus
+from pdrelay.transport.choose import FALLBACKS, Choice, GpuProbe, choose_transport, probe_gpus
 
 Ask = Callable[[Sequence[int]], GpuProbe]
 
@@ -25,13 +25,8 @@ def settle_transport(
     that say why it is not the one asked for. On CPU, and where nothing is chosen, unchanged."""
     if resolved.num_gpus == 0 or resolved.transport not in FALLBACKS[:-1]:
         return resolved
-    pairs = _gpu_pairs(resolved, specs)
-    try:
-        probe = ask(_gpus(pairs))
-    except TransportError as error:
-        note = f"transport {resolved.transport} is taken unchecked: {error}"
-        return replace(resolved, notes=(*resolved.notes, note))
-    choice = choose_transport(resolved.transport, pairs, probe)
+    wanted = resolved.transport
+    choice = _choose(resolved, specs, wanted, f"transport {wanted}", ask)
     return replace(resolved, transport=choice.name, notes=(*resolved.notes, *choice.notes))
 
 
@@ -42,16 +37,26 @@ def settle_connector(
     let a process store into another's memory."""
     if resolved.num_gpus == 0 or resolved.transport != "pdrelay":
         return resolved
-    pairs = _gpu_pairs(resolved, specs)
-    try:
-        probe = ask(_gpus(pairs))
-    except TransportError as error:
-        note = f"connector pdrelay is taken unchecked: {error}"
-        return replace(resolved, notes=(*resolved.notes, note))
-    # Whether the engine's environment has NCCL is not to be seen from here; vLLM on GPUs needs it.
-    choice = choose_transport("mapped", pairs, msgspec.structs.replace(probe, nccl_error=""))
+
+    def ask_but_for_nccl(gpus: Sequence[int]) -> GpuProbe:
+        """Whether the engine's environment has NCCL is not to be seen from here; vLLM needs it."""
+        return msgspec.structs.replace(ask(gpus), nccl_error="")
+
+    choice = _choose(resolved, specs, "mapped", "connector pdrelay", ask_but_for_nccl)
     name = "pdrelay-nccl" if choice.name == "nccl" else "pdrelay"
     return replace(resolved, transport=name, notes=(*resolved.notes, *choice.notes))
+
+
+def _choose(
+    resolved: ResolvedConfig, specs: Sequence[InstanceSpec], wanted: str, named: str, ask: Ask
+) -> Choice:
+    """Transport `wanted`, which the user knows as `named`, or what works in its place."""
+    pairs = _gpu_pairs(resolved, specs)
+    try:
+        probe = ask(sorted({gpu for pair in pairs for gpu in pair}))
+    except TransportError as error:
+        return Choice(wanted, [f"{named} is taken unchecked: {error}"])
+    return choose_transport(wanted, pairs, probe)
 
 
 def _gpu_pairs(resolved: ResolvedConfig, specs: Sequence[InstanceSpec]) -> list[tuple[int, int]]:
@@ -61,7 +66,3 @@ def _gpu_pairs(resolved: ResolvedConfig, specs: Sequence[InstanceSpec]) -> list[
         for role in (Role.PREFILL, Role.DECODE)
     )
     return [(a, b) for a in producers for b in consumers]
-
-
-def _gpus(pairs: Sequence[tuple[int, int]]) -> list[int]:
-    return sorted({gpu for pair in pairs for gpu in pair})

@@ -28,6 +28,7 @@ import logging
 import secrets
 import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from functools import cached_property
 from typing import Any, Protocol
 
 from pdrelay.core.endpoint import Dispatch, HttpEndpoint
@@ -73,7 +74,6 @@ class HandOver:
     def __init__(self, request: EngineRequest) -> None:
         self.request = request
         self._producer: Caller | None = None
-        self._prompt_json = b""
         self.begun = asyncio.Event()  # the producer's leg
         self.transfer_id = secrets.token_hex(16)
         self.room = secrets.randbits(62)
@@ -81,11 +81,10 @@ class HandOver:
         self.first: asyncio.Future[Piece] = loop.create_future()  # token 1
         self.produced: asyncio.Future[Piece] = loop.create_future()  # SGLang's producer's answer
 
-    @property
+    @cached_property
     def prompt_json(self) -> bytes:
         """The prompt as both legs send it."""
-        self._prompt_json = self._prompt_json or prompt_json(self.request)
-        return self._prompt_json
+        return prompt_json(self.request)
 
     @property
     def producer(self) -> Caller:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import aiohttp
 
-from pdrelay.router.http_wire import Wires
+from pdrelay.router.http_wire import CONNECT_S, IDLE_S, Wires
 
-_CONNECT_S = 5.0
-_IDLE_S = 2.0  # uvicorn cuts connections that were idle for 5 s: never use one that old
 _READ_BYTES = 1 << 18
 
 
@@ -21,8 +19,8 @@ class HttpSession:
     def get(self) -> aiohttp.ClientSession:
         if self._session is None:
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_S),
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S),
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_S),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 read_bufsize=_READ_BYTES,
                 trust_env=False,

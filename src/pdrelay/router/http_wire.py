@@ -16,8 +16,8 @@ from yarl import URL
 
 from pdrelay.router.http_answer import AnswerParser
 
-_CONNECT_S = 5.0
-_IDLE_S = 2.0  # uvicorn cuts connections that were idle for 5 s: never use one that old
+CONNECT_S = 5.0
+IDLE_S = 2.0  # uvicorn cuts connections that were idle for 5 s: never use one that old
 _MAX_UNREAD = 1 << 20  # bytes of an answer before its connection is read no further
 
 
@@ -189,7 +189,7 @@ class Wires:
     def _take_idle(self, key: tuple[str, int, bool]) -> Wire | None:
         """The one that was used last; none is kept that has been idle for too long."""
         idle = self._idle.get(key, [])
-        oldest = asyncio.get_running_loop().time() - _IDLE_S
+        oldest = asyncio.get_running_loop().time() - IDLE_S
         while idle and not (idle[0].usable and idle[0].idle_since > oldest):
             idle.pop(0).abort()
         while idle:
@@ -201,7 +201,7 @@ class Wires:
     async def _connect(self, target: Target) -> Wire:
         if target.tls and self._tls is None:
             self._tls = ssl.create_default_context()
-        async with asyncio.timeout(_CONNECT_S):
+        async with asyncio.timeout(CONNECT_S):
             _, wire = await asyncio.get_running_loop().create_connection(
                 Wire, target.host, target.port, ssl=self._tls if target.tls else None
             )
