@@ -1,7 +1,7 @@
 """Time of one step of the CUDA engine beside its floor: decode by batch and context, prefill by
 length, and start-up by phase.
 
-    python benchmarks/gpu_engine_step.py [--model llama-3.1-8b] [--profile]
+    python benchmarks/gpu_engine_step.py [--model llama-3.1-8b] [--only decode uneven] [--profile]
     python benchmarks/gpu_engine_step.py --model tiny --device cpu      (a rehearsal, no GPU)
 
 Decode: `graph` is the device's time of a step (CUDA events around many), `step` the wall time of
@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -47,8 +47,17 @@ from pdrelay.model.config import ModelConfig, kv_layout, load_model_config
 
 GREEDY = SamplingParams(max_tokens=1 << 20, seed=0, temperature=0.0, ignore_eos=True)
 BATCHES = (1, 8, 32, 64, 128)
+SECTIONS = ("check", "decode", "uneven", "prefill", "variants")
 CONTEXTS = (512, 2048, 8192)
 CHUNKS = ((2048, 6144), (256, 2048))  # (length, context)
+UNEVEN: dict[str, Sequence[int]] = {
+    "16x900": [900] * 16,
+    "16x900+64": [*[900] * 16, 64],  # the next bucket alone
+    "16x900+8192": [*[900] * 16, 8192],
+    "16x900+2x8192": [*[900] * 16, 8192, 8192],
+    "7x900+8192": [*[900] * 7, 8192],
+    "31x640+8192": [*[640] * 31, 8192],
+}
 LENGTHS = (32, 128, 200, 256, 512, 700, 1024, 2048, 4096, 8192)
 
 
@@ -175,13 +184,17 @@ class Bench:
 
     def decode_plan(self, batch: int, context: int) -> StepPlan | None:
         """One token for each of `batch` requests; None when the pool has not so many blocks."""
-        width = -(-context // 64)
-        if batch * width > self.layout.num_blocks:
+        return self.uneven_plan([context] * batch)
+
+    def uneven_plan(self, contexts: Sequence[int]) -> StepPlan | None:
+        """One token for a request behind each of `contexts` less one; None as above."""
+        widths = [-(-context // 64) for context in contexts]
+        if sum(widths) > self.layout.num_blocks:
             return None
-        blocks = torch.randperm(self.layout.num_blocks)[: batch * width].view(batch, width)
+        blocks = torch.randperm(self.layout.num_blocks)[: sum(widths)].split(widths)
         chunks = []
-        for i in range(batch):
-            request = _request(f"d{batch}-{context}-{i}", context - 1)
+        for i, context in enumerate(contexts):
+            request = _request(f"d{len(contexts)}-{context}-{i}", context - 1)
             request.token_ids.append(i)
             request.block_table = blocks[i].tolist()
             chunks.append(Chunk(request, context - 1, 1, True, False))
@@ -356,6 +369,24 @@ def print_decode(bench: Bench, read_rate: float, repeats: int) -> None:
             )
 
 
+def print_uneven(bench: Bench, read_rate: float, repeats: int) -> None:
+    """What one long row costs its batch: the steps of the interference experiment."""
+    layers, head = matmul_parameters(bench.config)
+    itemsize = 2 if bench.on_gpu else 4
+    print("\nuneven rows           graph ms    step ms   floor ms   graph/floor")
+    for name, contexts in UNEVEN.items():
+        if len(contexts) > bench.limits.max_num_seqs:
+            continue
+        plan = bench.uneven_plan([min(n, bench.limits.max_model_len) for n in contexts])
+        if plan is None:
+            print(f"{name:<20} (the pool holds fewer blocks)")
+            continue
+        num_bytes = (layers + head) * itemsize + sum(contexts) * bench.layout.bytes_per_token
+        floor = 1e3 * num_bytes / read_rate
+        graph, step = bench.decode(plan, repeats)
+        print(f"{name:<18} {graph:>10.3f} {step:>10.3f} {floor:>10.3f} {graph / floor:>10.2f}")
+
+
 def print_prefill(bench: Bench, gemm_rate: float, repeats: int) -> None:
     layers, head = matmul_parameters(bench.config)
     config = bench.config
@@ -463,6 +494,7 @@ def main() -> None:
     parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
     parser.add_argument("--max-model-len", type=int, default=16_384)
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
     parser.add_argument("--profile", action="store_true", help="the kernels of two steps, too")
     options = parser.parse_args()
     begun = time.perf_counter()
@@ -471,14 +503,19 @@ def main() -> None:
     print(f"{options.model} on {name}, torch {torch.__version__}; {bench.layout.num_blocks} blocks")
     print(f"start-up: {bench.startup}")
     bench.watch_compiler()
-    print("graph against eager:")
-    bench.check_graphs()
+    if "check" in options.only:
+        print("graph against eager:")
+        bench.check_graphs()
     read_rate, gemm_rate = bench.read_rate(), bench.gemm_rate()
     print(f"read {read_rate / 1e12:.2f} TB/s, GEMM {gemm_rate / 1e12:.0f} TFLOP/s")
-    print_decode(bench, read_rate, options.repeats)
-    print_prefill(bench, gemm_rate, max(3, options.repeats // 4))
+    if "decode" in options.only:
+        print_decode(bench, read_rate, options.repeats)
+    if "uneven" in options.only:
+        print_uneven(bench, read_rate, options.repeats)
+    if "prefill" in options.only:
+        print_prefill(bench, gemm_rate, max(3, options.repeats // 4))
     print(f"\ncompiled after warm-up: {bench.compiled or 'nothing'}")
-    if bench.on_gpu:
+    if "variants" in options.only and bench.on_gpu:
         print_variants(bench, options.repeats)
     if options.profile:
         print_profile(bench)

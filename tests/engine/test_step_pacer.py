@@ -44,6 +44,7 @@ def test_a_known_step_is_followed_just_before_its_end():
     now = steady(pacer, 16)
     pacer.launched(plan(16), now, now + LAUNCH_NS)
     start = now + LAUNCH_NS
+    assert pacer.foreseen_end_ns() == pytest.approx(start + STEP_NS, abs=20_000)
     wanted = start + STEP_NS - LAUNCH_NS - LEAD_NS
     assert pacer.not_before_ns() == pytest.approx(wanted, abs=20_000)
 
@@ -57,6 +58,7 @@ def test_the_first_steps_and_steps_with_prompts_are_followed_at_once():
     now = steady(pacer, 16)
     pacer.launched(plan(16, prompt=50), now, now + 10)
     assert pacer.not_before_ns() == 0
+    assert pacer.foreseen_end_ns() is None
 
 
 def test_another_batch_size_is_learned_for_itself():

@@ -10,11 +10,11 @@ request (`core/scheduler.py`), so aborts, preemption and new promises need no ca
 from __future__ import annotations
 
 import resource
-import selectors
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from pdrelay.core.channel import Channel
 from pdrelay.core.clock import Clock
@@ -40,6 +40,7 @@ from pdrelay.engine.prefix_writer import PrefixWriter
 from pdrelay.engine.producer import Producer
 from pdrelay.engine.step import RemoteSlots, Runner, StepHandle, StepTokens, needs_host_tokens
 from pdrelay.engine.step_pacer import StepPacer
+from pdrelay.engine.step_wait import Sockets, wait_for_news, wait_for_step
 from pdrelay.transport.base import Transport
 
 STATS_INTERVAL_NS = 100_000_000
@@ -121,25 +122,26 @@ class EngineLoop:
         """Sleep until some socket has news, when the last turn found nothing to do."""
         if not block:
             return
-        # select(2): its timeout has microseconds, epoll's is rounded up to milliseconds.
-        with selectors.SelectSelector() as selector:
-            for channel in self._channels():
-                writable = selectors.EVENT_WRITE if channel.has_pending else 0
-                selector.register(channel, selectors.EVENT_READ | writable)
-            if self._consumer is not None:
-                selector.register(self._consumer.listener, selectors.EVENT_READ)
-            news = self._transport.fileno() if self._transport is not None else None
-            if news is not None:
-                selector.register(news, selectors.EVENT_READ)
-            done = self._runner.fileno()
-            if done is not None:
-                selector.register(done, selectors.EVENT_READ)
-            if self._runner.has_idle_work and not self._in_flight:
-                if not selector.select(_QUIET_S):
-                    self._runner.do_idle_work()
-            else:
-                selector.select(self._timeout_s())
+        sockets = self._sockets()
+        end_ns = self._pacer.foreseen_end_ns()
+        if self._runner.has_idle_work and not self._in_flight:
+            if not wait_for_news(sockets, _QUIET_S):
+                self._runner.do_idle_work()
+        elif end_ns is None:
+            wait_for_news(sockets, self._timeout_s())
+        else:
+            step = self._in_flight[0].handle
+            wait_for_step(step, end_ns, sockets, self._timeout_s(), self._clock)
         self._runner.drain_news()
+
+    def _sockets(self) -> Sockets:
+        channels = self._channels()
+        readable: list[Any] = [*channels]
+        if self._consumer is not None:
+            readable.append(self._consumer.listener)
+        news = self._transport.fileno() if self._transport is not None else None
+        readable += [fd for fd in (news, self._runner.fileno()) if fd is not None]
+        return Sockets(readable, [one for one in channels if one.has_pending])
 
     def _timeout_s(self) -> float:
         if not self._in_flight or len(self._in_flight) == self._runner.depth:

@@ -1,4 +1,4 @@
-"""When to plan the next step while one computes: as late as the device never waits for it.
+"""When a step will end, and so when to plan the next: as late as the device never waits for it.
 
 A step that is planned early cannot take in what arrives later: a handed-over request or a prompt
 would wait for two steps instead of the rest of one. A step that is planned late is being launched
@@ -47,16 +47,18 @@ class StepPacer:
             known = self._duration_ns.get(key, float(now_ns - begun_ns))
             self._duration_ns[key] = _smoothed(known, now_ns - begun_ns)
 
-    def not_before_ns(self) -> int:
-        """When to plan the next step; a time that has passed means at once."""
+    def foreseen_end_ns(self) -> int | None:
+        """Of the oldest step in flight; None without one, or where nothing tells."""
         if not self._in_flight:
-            return 0
+            return None
         key, launched_ns = self._in_flight[0]
         duration = None if key is None else self._duration_ns.get(key)
-        if duration is None:
-            return 0
-        end_ns = max(launched_ns, self._last_end_ns) + duration
-        return int(end_ns - self._launch_ns - LEAD_NS)
+        return None if duration is None else int(max(launched_ns, self._last_end_ns) + duration)
+
+    def not_before_ns(self) -> int:
+        """When to plan the next step; a time that has passed means at once."""
+        end_ns = self.foreseen_end_ns()
+        return 0 if end_ns is None else int(end_ns - self._launch_ns - LEAD_NS)
 
 
 def _smoothed(old: float, new: float) -> float:
