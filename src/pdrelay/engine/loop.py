@@ -123,15 +123,13 @@ class EngineLoop:
         if not block:
             return
         sockets = self._sockets()
-        end_ns = self._pacer.foreseen_end_ns()
-        if self._runner.has_idle_work and not self._in_flight:
-            if not wait_for_news(sockets, _QUIET_S):
-                self._runner.do_idle_work()
-        elif end_ns is None:
-            wait_for_news(sockets, self._timeout_s())
-        else:
-            step = self._in_flight[0].handle
+        if self._in_flight:
+            step, end_ns = self._in_flight[0].handle, self._pacer.foreseen_end_ns()
             wait_for_step(step, end_ns, sockets, self._timeout_s(), self._clock)
+        elif not self._runner.has_idle_work:
+            wait_for_news(sockets, _IDLE_WAIT_S)
+        elif not wait_for_news(sockets, _QUIET_S):
+            self._runner.do_idle_work()
         self._runner.drain_news()
 
     def _sockets(self) -> Sockets:
@@ -144,7 +142,8 @@ class EngineLoop:
         return Sockets(readable, [one for one in channels if one.has_pending])
 
     def _timeout_s(self) -> float:
-        if not self._in_flight or len(self._in_flight) == self._runner.depth:
+        """For steps in flight: until another may be planned."""
+        if len(self._in_flight) == self._runner.depth:
             return _IDLE_WAIT_S
         until_ns = self._pacer.not_before_ns() - self._clock()
         return min(until_ns / 1e9, _IDLE_WAIT_S) if until_ns > 0 else _IDLE_WAIT_S

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Every figure that this project publishes for a host with two GPUs, one step after the other:
+# Every figure that this project publishes for a host with GPUs, one step after the other:
 #
-#     benchmarks/two_gpus.sh OUT [STEP...]      no step: all; a step that fails stops none
+#     benchmarks/gpu_figures.sh OUT [STEP...]      no step: all; a step that fails stops none
 #
 #   lab         idle latency, interference and fixed rates: native and vLLM, P/D and one instance, NIXL
 #   lab-more    the same run goes on with TP=2 and two replicas of both
@@ -12,34 +12,46 @@
 #   client      `vllm bench serve` and `pdrelay bench` against one server
 #   tests       what needs GPUs, in one process
 #
-# MODEL, DEVICE, PYTHON, LAB_S (seconds of each lab step) and MORE (further arguments of the lab) may
-# be set. Engines that PYTHON's environment lacks are named in the report's notes; one with an
-# environment of its own: MORE="--engine-python sglang=PATH".
+# Of a host with one GPU, all instances share it: there is no lab-more, no tp, no NIXL in `lab` (between
+# two processes on one GPU it takes seconds), and of the cases those that one GPU can serve.
+#
+# MODEL, DEVICE, PYTHON, GPUS (how many, else counted), LAB_S (seconds of each lab step) and MORE
+# (further arguments of the lab) may be set. Engines that PYTHON's environment lacks are named in the
+# report's notes; one with an environment of its own: MORE="--engine-python sglang=PATH".
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-out=${1:?usage: benchmarks/two_gpus.sh OUT [STEP...]}
+out=${1:?usage: benchmarks/gpu_figures.sh OUT [STEP...]}
 shift
 model=${MODEL:-llama-3.1-8b} device=${DEVICE:-cuda} python=${PYTHON:-python3} lab_s=${LAB_S:-580}
+gpus=${GPUS:-$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')}
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
 mkdir -p "$out"
+
+if [ "$gpus" -gt 1 ]; then
+    steps=(lab lab-more sglang kv transports tp client tests)
+    topologies=native/pd:1:1,vllm/pd:1:1,vllm/replicas:1,native/replicas:1,vllm+nixl/pd:1:1
+    cases='idle,interference,streams-*,*pd-1-1/fixed,*-2/fixed,*pd-1-1/long-short,*-2/long-short'
+    place=() kv_transports=mapped,nccl
+else
+    steps=(lab sglang kv transports client tests)
+    topologies=native/pd:1:1,vllm/pd:1:1,vllm/replicas:1,native/replicas:1
+    cases='idle,interference,streams-*'
+    place=(--allow-oversubscribe --kv-cache-memory 16GiB) kv_transports=mapped
+fi
 
 lab() {
     # vLLM captures 51 graphs by default: these cover every batch of the lab's, and half the start.
     # shellcheck disable=SC2086  # MORE is several words
     "$python" -m pdrelay lab --quick --model "$model" --device "$device" \
-        --gpu-memory-utilization 0.85 \
+        --gpu-memory-utilization 0.85 "${place[@]}" \
         --engine-args 'vllm=--max-num-seqs 128 --cudagraph-capture-sizes 1 2 4 8 16 24 32 40 48 56 64 72 80 96 112 128 144 256 512' \
-        --cases 'idle,interference,streams-*,*pd-1-1/fixed,*-2/fixed,*pd-1-1/long-short,*-2/long-short' \
-        --time-limit "$lab_s" --out "$out/lab" ${MORE:-} "$@"
+        --cases "$cases" --time-limit "$lab_s" --out "$out/lab" ${MORE:-} "$@"
 }
 
 step() {
     case $1 in
-    lab)
-        lab --topologies \
-            native/pd:1:1,vllm/pd:1:1,vllm/replicas:1,native/replicas:1,vllm+nixl/pd:1:1
-        ;;
+    lab) lab --topologies "$topologies" ;;
     lab-more) lab --add --topologies native/tp:2,native/replicas:2,vllm/tp:2,vllm/replicas:2 ;;
     sglang)
         lab --add --engine-args "sglang=${SGLANG_ARGS:-}" \
@@ -47,7 +59,7 @@ step() {
         ;;
     kv)
         "$python" -m pdrelay kv "$model" --device "$device" --lengths 512,2048,8192 \
-            --block-sizes 64 --transport mapped,nccl --repeats 12 --serve-requests 12 \
+            --block-sizes 64 --transport "$kv_transports" --repeats 12 --serve-requests 12 \
             --out "$out/kv"
         ;;
     transports)
@@ -69,7 +81,7 @@ step() {
     esac
 }
 
-[ $# -gt 0 ] || set -- lab lab-more sglang kv transports tp client tests
+[ $# -gt 0 ] || set -- "${steps[@]}"
 status=0
 for name in "$@"; do
     echo "== $name"
