@@ -3,6 +3,8 @@ where a vLLM that has them is installed."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_attention import make_batch
@@ -70,8 +72,8 @@ def attend_written_out(
 def check(paged, shape, dtype, device, case, tolerance):
     q, context = make_batch(shape, *case, 64, seed=3, dtype=dtype)
     wanted = ReferenceAttention(shape)(q, context.kv_pool[0], context)
-    context.kv_pool = context.kv_pool.to(device)
-    context.tables = [t.to(device) for t in context.prefill_tables]
+    tables = [t.to(device) for t in context.prefill_tables]
+    context = replace(context, kv_pool=context.kv_pool.to(device), tables=tables)
     if context.decode is not None:
         object.__setattr__(context.decode, "block_tables", context.decode.block_tables.to(device))
         object.__setattr__(context.decode, "seq_lens", context.decode.seq_lens.to(device))
