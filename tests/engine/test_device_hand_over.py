@@ -49,6 +49,18 @@ def test_known_slots_are_stored_by_the_step_itself_and_only_the_tail_is_copied(r
     assert rig.device.num_copies == 1
 
 
+def test_what_is_sent_and_has_not_left_is_copying(rig):
+    promised(rig, "a", range(14))
+    assert rig.producer.num_copying == 0
+    rig.launch()
+    assert rig.producer.num_copying == 0, "the step's own stores come first"
+    rig.device.run_compute()
+    assert rig.read() and rig.producer.num_copying == 1
+    rig.settle()
+    assert rig.producer.num_copying == 0
+    rig.assert_arrived("a", list(range(14)))
+
+
 def test_a_prompt_of_whole_blocks_needs_no_copy(rig):
     promised(rig, "a", range(16))
     rig.settle()

@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from pdrelay.engine.step_wait import AWAKE_NS, Sockets, wait_for_step
+from pdrelay.engine.step_wait import AWAKE_NS, Sockets, wait_awake, wait_for_step
 
 NEVER_S = 60.0  # beyond any test's patience
 
@@ -90,3 +90,12 @@ def test_news_come_before_an_end_that_nothing_foretells(bell):
     bell[1].send(b"!")
     wait_for_step(step, None, Sockets([bell[0]], []), NEVER_S, Clock())
     assert step.left >= 998
+
+
+def test_awake_until_news_or_the_time_is_over(bell):
+    clock = Clock(tick_ns=1_000_000)
+    wait_awake(Sockets([bell[0]], []), 0.01, clock)
+    assert clock.now_ns > 10_000_000
+    clock = Clock(tick_ns=1)
+    bell[1].send(b"!")
+    wait_awake(Sockets([bell[0]], []), NEVER_S, clock)

@@ -40,12 +40,19 @@ from pdrelay.engine.prefix_writer import PrefixWriter
 from pdrelay.engine.producer import Producer
 from pdrelay.engine.step import RemoteSlots, Runner, StepHandle, StepTokens, needs_host_tokens
 from pdrelay.engine.step_pacer import StepPacer
-from pdrelay.engine.step_wait import Sockets, wait_for_news, wait_for_step
+from pdrelay.engine.step_wait import (
+    ASK_EVERY_S,
+    Sockets,
+    wait_awake,
+    wait_for_news,
+    wait_for_step,
+)
 from pdrelay.transport.base import Transport
 
 STATS_INTERVAL_NS = 100_000_000
 # Without news for so long, the runner may do idle work: longer than the gaps of a burst.
 _QUIET_S = 0.02
+_RECEIVE_TURN_S = 1e-3
 _IDLE_WAIT_S = 1.0  # an idle loop wakes for deadlines at least this often
 
 
@@ -126,11 +133,33 @@ class EngineLoop:
         if self._in_flight:
             step, end_ns = self._in_flight[0].handle, self._pacer.foreseen_end_ns()
             wait_for_step(step, end_ns, sockets, self._timeout_s(), self._clock)
+        elif self._receives:
+            wait_awake(sockets, _RECEIVE_TURN_S, self._clock)
+        elif self._copies:
+            wait_for_news(sockets, ASK_EVERY_S)  # then the copies are asked
         elif not self._runner.has_idle_work:
             wait_for_news(sockets, _IDLE_WAIT_S)
         elif not wait_for_news(sockets, _QUIET_S):
             self._runner.do_idle_work()
         self._runner.drain_news()
+
+    @property
+    def _receives(self) -> bool:
+        """Whether a device's hand-over to here is under way. A host that computes needs its cores
+        for more than that."""
+        return (
+            self._on_device and self._consumer is not None and self._consumer.num_transferring > 0
+        )
+
+    @property
+    def _copies(self) -> bool:
+        """Whether the last of a prompt's KV is on its way from here, by copies of a device."""
+        producer = self._producer
+        return self._on_device and producer is not None and producer.num_copying > 0
+
+    @property
+    def _on_device(self) -> bool:
+        return self._transport is not None and self._transport.device is not None
 
     def _sockets(self) -> Sockets:
         channels = self._channels()

@@ -183,6 +183,11 @@ class Producer:
     def num_transferring(self) -> int:
         return len(self._outgoing)
 
+    @property
+    def num_copying(self) -> int:
+        """Requests of which all is sent and not all has left."""
+        return sum(out.finished and out.report is None for out in self._outgoing.values())
+
     def channels(self) -> list[Channel[PeerMessage]]:
         return [peer.channel for peer in self._peers.values()]
 

@@ -1,4 +1,5 @@
-"""How the loop waits: asleep until some socket has news, awake when a step's end is near."""
+"""How the loop waits: asleep until some socket has news, awake when a step's end is near, or that
+of a device's hand-over."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from pdrelay.engine.step import StepHandle
 # Before and after the foreseen end: more than steps of one batch size differ.
 AWAKE_NS = 300_000
 # An end that is not foreseen is met this late at most, for a tenth of a core.
-_ASK_EVERY_S = 50e-6
+ASK_EVERY_S = 50e-6
 
 
 class Sockets(NamedTuple):
@@ -37,7 +38,7 @@ def wait_for_step(
     """
     now_ns = clock()
     until_ns = now_ns + int(timeout_s * 1e9)
-    pause_s = _ASK_EVERY_S
+    pause_s = ASK_EVERY_S
     if end_ns is not None and now_ns < end_ns + AWAKE_NS:
         asleep_ns = end_ns - AWAKE_NS - now_ns
         if wait_for_news(sockets, max(0.0, min(asleep_ns / 1e9, timeout_s))):
@@ -45,4 +46,12 @@ def wait_for_step(
         until_ns, pause_s = min(until_ns, end_ns + AWAKE_NS), 0.0
     while not step.done() and clock() < until_ns:
         if wait_for_news(sockets, pause_s):
+            return
+
+
+def wait_awake(sockets: Sockets, timeout_s: float, clock: Clock) -> None:
+    """Until news, or for `timeout_s`: a thread whose processor never rests is woken sooner."""
+    until_ns = clock() + int(timeout_s * 1e9)
+    while clock() < until_ns:
+        if wait_for_news(sockets, ASK_EVERY_S):
             return
