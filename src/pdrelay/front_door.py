@@ -31,6 +31,7 @@ from pdrelay.router.gpu_metrics import GpuMetrics
 from pdrelay.router.http_client import HttpEngineClient
 from pdrelay.router.http_pd import HandOvers, NixlStyle, PdrelayStyle, SglangStyle, Style
 from pdrelay.router.http_session import HttpSession
+from pdrelay.router.introductions import MEET_TIMEOUT_S
 from pdrelay.router.metrics import Metrics
 from pdrelay.router.server import make_runner
 from pdrelay.telemetry.assignment import Worker, assign
@@ -83,6 +84,7 @@ class RouterFrontDoor:
         plan: Plan,
         down: Callable[[], dict[str, str]],
         open_gpus: OpenGpus = open_source,
+        meet_timeout_s: float = MEET_TIMEOUT_S,
     ) -> None:
         """`down`: instance id to why it is not ready. Raises ConfigError and ModelError."""
         request_short_slices(RELAY_SLICE_NS)
@@ -92,7 +94,7 @@ class RouterFrontDoor:
         self._session = HttpSession()
         self._hand_overs = HandOvers(hand_over_style(plan))
         self._clients = [self._client(spec) for spec in plan.specs]
-        cluster = Cluster(self._clients)
+        self._cluster = cluster = Cluster(self._clients, meet_timeout_s=meet_timeout_s)
         self._bridge = Bridge(self._clients, lambda instance, reason: cluster.forget(instance))
         model = model_info(plan)
         self._event_log = EventLog(plan.config.event_log)
@@ -152,6 +154,9 @@ class RouterFrontDoor:
 
     def on_exited(self, instance: Instance, reason: str) -> None:
         self._bridge.on_exited(instance, reason)
+
+    async def all_met(self) -> None:
+        await self._cluster.all_met()
 
     def drain_workers(self) -> None:
         for client in self._clients:

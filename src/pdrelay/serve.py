@@ -55,6 +55,9 @@ class FrontDoor(Listener, Protocol):
 
     runner: web.AppRunner  # its shutdown timeout is the drain timeout
 
+    async def all_met(self) -> None:
+        """Returns when ready workers are prepared for each other; after a deadline in any case."""
+
     def drain_workers(self) -> None:
         """Tell every worker to finish what runs and exit."""
 
@@ -211,7 +214,7 @@ class _Server:
     async def _serve(self, stop: StopSignals) -> None:
         self._remove_ready_file()
         started = time.monotonic()
-        if not await _unless(asyncio.create_task(self._supervisor.start()), stop.drain):
+        if not await _unless(asyncio.create_task(self._start()), stop.drain):
             return
         settle_heap()
         self._announce(time.monotonic() - started)
@@ -219,6 +222,11 @@ class _Server:
         _say("pdrelay is draining; a second signal ends it at once")
         await self._drain(stop)
         _say("pdrelay has stopped")
+
+    async def _start(self) -> None:
+        """Raises LaunchError."""
+        await self._supervisor.start()
+        await self._front_door.all_met()
 
     def _announce(self, seconds: float) -> None:
         config = self._config

@@ -21,6 +21,7 @@ from pdrelay.core.messages import (
     Expect,
     Failure,
     FromWorker,
+    Met,
     Ping,
     Pong,
     Prefill,
@@ -58,7 +59,10 @@ class Instance:
         timeout_s=5.0,
         verify="full",
         overlap=False,
+        idle_pieces=0,
+        before_piece=None,
     ):
+        """`idle_pieces` of idle work are due with each peer's pool, each behind `before_piece`."""
         self.name = name
         layout = fake_layout(num_blocks=num_blocks)
         self.pages = SharedPages.create(layout)
@@ -69,6 +73,7 @@ class Instance:
             self.transport.prefix_store if self.transport else None,
         )
         self.runner = AsyncFakeRunner(self.pages) if overlap else FakeRunner(self.pages)
+        self.runner.pieces_per_pool, self.runner.before_piece = idle_pieces, before_piece
         outbox = Outbox()
         shared = dict(
             instance=name,
@@ -80,7 +85,9 @@ class Instance:
         )
         self.producer = self.consumer = None
         if name.startswith("prefill"):
-            self.producer = Producer(num_layers=layout.num_layers, timeout_s=timeout_s, **shared)
+            self.producer = Producer(
+                num_layers=layout.num_layers, timeout_s=timeout_s, pools=self.runner, **shared
+            )
         elif name.startswith("decode"):
             self.consumer = Consumer(address=address, layout=layout, **shared)
         self.prefix_writer = None
@@ -150,6 +157,7 @@ class FrontDoor:
         self.instances = {i.name: i for i in instances}
         self.seen: dict[str, Seen] = {}
         self.pongs: dict[str, list[Pong]] = {}
+        self.mets: dict[str, list[Met]] = {}  # by producer
 
     def add(self, instance):
         self.instances[instance.name] = instance
@@ -197,6 +205,8 @@ class FrontDoor:
         for message in instance.control.receive():
             if isinstance(message, Pong):
                 self.pongs.setdefault(instance.name, []).append(message)
+            if isinstance(message, Met):
+                self.mets.setdefault(instance.name, []).append(message)
             if not isinstance(message, StepResult):
                 continue
             for output in message.outputs:

@@ -155,6 +155,9 @@ class StubFrontDoor(StubListener):
         next(iter(self.links.values())).send(message)
         return web.json_response(await self.waiting[request_id])
 
+    async def all_met(self) -> None:
+        pass
+
     def drain_workers(self) -> None:
         for link in self.links.values():
             link.send(Drain())

@@ -19,6 +19,8 @@ from pdrelay.core.messages import (
     Abort,
     Drain,
     Fatal,
+    Meet,
+    Met,
     Output,
     Ping,
     Pong,
@@ -54,6 +56,16 @@ def wait_readable(sock: socket.socket) -> None:
 
 def serve(config: RankConfig, control: Channel, sock: socket.socket, mode: set[str]) -> int:
     held = []  # in mode "hold", until SIGUSR1
+    introduced = []  # in mode "shy", until SIGUSR1
+
+    def meet(message: Meet) -> None:
+        control.send(Met(message.consumer, message.consumer_address))
+
+    def release(*_) -> None:
+        for request in held:
+            answer(request)
+        for message in introduced:
+            meet(message)
 
     def answer(request) -> None:
         out = Output(
@@ -63,7 +75,7 @@ def serve(config: RankConfig, control: Channel, sock: socket.socket, mode: set[s
         )
         control.send(StepResult(t_ns=time.monotonic_ns(), outputs=[out]))
 
-    signal.signal(signal.SIGUSR1, lambda *_: [answer(request) for request in held])
+    signal.signal(signal.SIGUSR1, release)
     while not control.closed:
         wait_readable(sock)
         for message in control.receive():
@@ -73,6 +85,12 @@ def serve(config: RankConfig, control: Channel, sock: socket.socket, mode: set[s
                         held.append(request)
                         continue
                     answer(request)
+                case Meet(consumer=consumer):
+                    print(f"stub {os.getpid()} is introduced to {consumer}", flush=True)
+                    if "shy" in mode:
+                        introduced.append(message)
+                    else:
+                        meet(message)
                 case Abort(request_id=request_id):
                     held = [each for each in held if each.request_id != request_id]
                 case Ping(nonce=nonce):

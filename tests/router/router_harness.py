@@ -137,14 +137,19 @@ async def front_door(
     model: ModelInfo | None = None,
     token_of: TokenOf = fake_token,
     auto: bool = True,
+    meets: bool = True,
+    meet_timeout_s: float = WAIT_S,
     tokens_per_step: int = 1,
     log_path: Path | None = None,
     down: Callable[[], dict[str, str]] | None = None,
 ) -> AsyncIterator[FrontDoor]:
     config = config or RouterConfig(drain_timeout_s=0.1)
-    clients = fake_cluster(instances, auto=auto, token_of=token_of, tokens_per_step=tokens_per_step)
+    clients = fake_cluster(
+        instances, auto=auto, meets=meets, token_of=token_of, tokens_per_step=tokens_per_step
+    )
     event_log = EventLog(log_path)
-    app = build_app(config, model or model_info(), Cluster(clients), event_log, down)
+    cluster = Cluster(clients, meet_timeout_s=meet_timeout_s)
+    app = build_app(config, model or model_info(), cluster, event_log, down)
     runner = make_runner(app, config)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)

@@ -1,7 +1,7 @@
 """What the front door, the ranks and P/D peers say to each other, as msgpack over Unix sockets.
 
     front door -> rank 0   Submit | Prefill | Expect | Abort | Ping | Drain
-    rank 0 -> front door   Ready | StepResult | Pong | Fatal
+    rank 0 -> front door   Ready | Met | StepResult | Pong | Fatal
     producer -> consumer   PeerIntro | Commit | Cancel | Closed
     consumer -> producer   PeerHello | Reserve | Cancel | Closed
 
@@ -60,7 +60,8 @@ class Prefill(msgspec.Struct, frozen=True, tag="prefill"):
 
 
 class Meet(msgspec.Struct, frozen=True, tag="meet"):
-    """Connect to `consumer` and prepare steps that store into its pages, before prompts come."""
+    """Connect to `consumer` and prepare steps that store into its pages, before prompts come.
+    Answered by `Met`."""
 
     consumer: str
     consumer_address: str  # as in Prefill
@@ -130,6 +131,14 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     resolved: dict[str, str] = {}  # what "auto" became, for printing
 
 
+class Met(msgspec.Struct, frozen=True, tag="met"):
+    """Answer to Meet: nothing that it made due is left to do. Also where the consumer cannot be
+    reached or is gone, which the next Prefill for it reports."""
+
+    consumer: str
+    consumer_address: str  # as in Meet
+
+
 class TopLogprob(msgspec.Struct, frozen=True, array_like=True):
     token_id: int
     logprob: float
@@ -188,7 +197,7 @@ class Fatal(msgspec.Struct, frozen=True, tag="fatal"):
     message: str
 
 
-FromWorker = Ready | StepResult | Pong | Fatal
+FromWorker = Ready | Met | StepResult | Pong | Fatal
 
 
 # ---- P/D peers

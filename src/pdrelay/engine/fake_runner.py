@@ -12,6 +12,7 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -105,12 +106,37 @@ def _tokens(token_ids: list[int]) -> StepTokens:
     return StepTokens(token_ids, logprobs, {})
 
 
-class FakeRunner:
+class _IdleWork:
+    """`idle_pieces` of it are left; `before_piece` runs before each and may wait."""
+
+    def __init__(self) -> None:
+        self.idle_pieces = 0
+        self.pieces_per_pool = 0  # due with each peer's pool
+        self.before_piece: Callable[[], None] | None = None  # tests interfere here
+
+    @property
+    def has_idle_work(self) -> bool:
+        return self.idle_pieces > 0
+
+    def do_idle_work(self) -> None:
+        if self.before_piece is not None:
+            self.before_piece()
+        self.idle_pieces -= 1
+
+    def pool_opened(self, pool: Any) -> None:
+        self.idle_pieces += self.pieces_per_pool
+
+    def pool_closed(self, pool: Any) -> None:
+        pass
+
+
+class FakeRunner(_IdleWork):
     """Computes a plan when it is launched."""
 
     depth = 1
 
     def __init__(self, pages: SharedPages) -> None:
+        super().__init__()
         self._pages = _Pages(pages)
         self.before_layer: Callable[[int], None] | None = None  # tests interfere here
 
@@ -135,15 +161,8 @@ class FakeRunner:
     def drain_news(self) -> None:
         pass
 
-    @property
-    def has_idle_work(self) -> bool:
-        return False
 
-    def do_idle_work(self) -> None:
-        pass
-
-
-class AsyncFakeRunner:
+class AsyncFakeRunner(_IdleWork):
     """Computes launched steps in order on a thread. `before_step(number)` runs on it and may wait.
 
     A layer hook is called when the step is read: its pages are written then.
@@ -152,6 +171,7 @@ class AsyncFakeRunner:
     depth = 2
 
     def __init__(self, pages: SharedPages) -> None:
+        super().__init__()
         self._pages = _Pages(pages)
         self._news = StepNews()
         self._queue: queue.SimpleQueue[_FakeStep | None] = queue.SimpleQueue()
@@ -176,13 +196,6 @@ class AsyncFakeRunner:
 
     def drain_news(self) -> None:
         self._news.drain()
-
-    @property
-    def has_idle_work(self) -> bool:
-        return False
-
-    def do_idle_work(self) -> None:
-        pass
 
     def close(self) -> None:
         self._queue.put(None)

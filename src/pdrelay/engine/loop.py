@@ -24,6 +24,7 @@ from pdrelay.core.messages import (
     Drain,
     Expect,
     Meet,
+    Met,
     Ping,
     Pong,
     Prefill,
@@ -50,7 +51,8 @@ from pdrelay.engine.step_wait import (
 from pdrelay.transport.base import Transport
 
 STATS_INTERVAL_NS = 100_000_000
-# Without news for so long, the runner may do idle work: longer than the gaps of a burst.
+# Without news for so long, the runner may do idle work: longer than the gaps of a burst. After a
+# Meet nothing is waited for until a prompt comes: the front door sends none if it can.
 _QUIET_S = 0.02
 _RECEIVE_TURN_S = 1e-3
 _IDLE_WAIT_S = 1.0  # an idle loop wakes for deadlines at least this often
@@ -98,6 +100,8 @@ class EngineLoop:
         self._pacer = StepPacer()
         self._busy_until_ns = 0
         self._draining = False
+        self._meets: list[Meet] = []  # not answered yet
+        self._unprompted = False  # no prompt came since the last of them
         self._stats = WorkerStats()
         self._stats_sent_ns = 0
         self._stats_dirty = True
@@ -113,6 +117,7 @@ class EngineLoop:
                 return
             self._reserve()  # producers wait for promises
             self._poll_transfers()
+            self._answer_meets()
             worked = self._read_steps()
             if worked:
                 self._flush()  # tokens leave before the next step is planned
@@ -139,7 +144,7 @@ class EngineLoop:
             wait_for_news(sockets, ASK_EVERY_S)  # then the copies are asked
         elif not self._runner.has_idle_work:
             wait_for_news(sockets, _IDLE_WAIT_S)
-        elif not wait_for_news(sockets, _QUIET_S):
+        elif not wait_for_news(sockets, 0.0 if self._unprompted else _QUIET_S):
             self._runner.do_idle_work()
         self._runner.drain_news()
 
@@ -193,10 +198,13 @@ class EngineLoop:
                     self._scheduler.add(Request(source))
                 case Prefill():
                     assert self._producer is not None, "not a producer"
+                    self._unprompted = False
                     self._producer.prefill(message)
-                case Meet(consumer=consumer, consumer_address=address):
+                case Meet():
                     assert self._producer is not None, "not a producer"
-                    self._producer.meet(consumer, address)
+                    self._unprompted = True
+                    self._meets.append(message)
+                    self._producer.meet(message.consumer, message.consumer_address)
                 case Expect():
                     assert self._consumer is not None, "not a consumer"
                     self._consumer.expect(message)
@@ -216,6 +224,19 @@ class EngineLoop:
             self._consumer.abort(request_id, reason)
         elif (request := self._scheduler.requests.get(request_id)) is not None:
             self._scheduler.finish(request)
+
+    def _answer_meets(self) -> None:
+        """Once those consumers are connected and the runner has made what it makes for them."""
+        producer = self._producer
+        if producer is None or not self._meets or self._runner.has_idle_work:
+            return
+        meets, self._meets = self._meets, []
+        for meet in meets:
+            if producer.is_meeting(meet.consumer_address):
+                self._meets.append(meet)
+            else:
+                self._control.send(Met(meet.consumer, meet.consumer_address))
+        self._unprompted = self._unprompted and bool(self._meets)
 
     def _poll_transfers(self) -> None:
         if self._producer is not None:

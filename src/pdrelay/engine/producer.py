@@ -223,6 +223,11 @@ class Producer:
         with contextlib.suppress(OSError):
             self._peer(consumer, address)
 
+    def is_meeting(self, address: str) -> bool:
+        """Whether the consumer there has not said hello yet, and may still."""
+        peer = self._peers.get(address)
+        return peer is not None and peer.link is None
+
     def abort(self, request_id: str, reason: str) -> None:
         outgoing = self._outgoing.get(request_id)
         if outgoing is not None:

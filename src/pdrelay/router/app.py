@@ -168,7 +168,7 @@ class _Info:
         }
 
     async def health(self, request: web.Request) -> web.Response:
-        """200 only while every instance answers."""
+        """200 only while every instance answers and has met those it hands over to."""
         sick = {**self._cluster.sick(), **(self._down() if self._down is not None else {})}
         if sick:
             return json_response({"status": "unavailable", "instances": sick}, 503)

@@ -12,6 +12,7 @@ from pdrelay.core.channel import Channel
 from pdrelay.core.messages import (
     Fatal,
     FromWorker,
+    Met,
     Ping,
     Pong,
     Ready,
@@ -31,6 +32,8 @@ class Listener(Protocol):
     def on_lost(self, instance: str, reason: str) -> None: ...
 
     def on_ready(self, instance: str) -> None: ...
+
+    def on_met(self, instance: str, met: Met) -> None: ...
 
 
 class EngineClient(Protocol):
@@ -202,6 +205,9 @@ class StreamEngineClient:
                     self._observer.report_alive()
             case Ready():
                 self._on_ready(message)
+            case Met():
+                if self._listener is not None:
+                    self._listener.on_met(self.instance, message)
             case Fatal(message=text):
                 self._fatal = text
                 if self._observer is not None:

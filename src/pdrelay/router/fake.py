@@ -26,6 +26,8 @@ from pdrelay.core.messages import (
     Failure,
     FinishReason,
     FromWorker,
+    Meet,
+    Met,
     Output,
     Ping,
     Pong,
@@ -69,6 +71,7 @@ class FakeEngine:
     role: Role = Role.BOTH
     step_delay_s: float = 0.0
     auto: bool = True
+    meets: bool = True  # False: `Meet` is answered by `meet()`
     token_of: TokenOf = fake_token
     tokens_per_step: int = 1
     max_model_len: int = 16_384
@@ -83,6 +86,7 @@ class FakeEngine:
         self.dead = False
         self.stalled = False
         self.draining = False
+        self._meets: list[Meet] = []  # not answered yet
         self._requests: dict[str, _Running] = {}
         self._commits: dict[str, tuple[int, int]] = {}  # request: (first token, start_ns)
         self._wake = asyncio.Event()
@@ -121,6 +125,7 @@ class FakeEngine:
         """Die without a word; whoever owns the connection has to break it."""
         self.dead = True
         self._requests.clear()
+        self._meets.clear()
         if self._task is not None:
             self._task.cancel()
             self._task = None
@@ -136,6 +141,10 @@ class FakeEngine:
                 self._requests[request.request_id] = _Running(
                     request, num_output=1, producer=producer, committed=False
                 )
+            case Meet():
+                self._meets.append(message)
+                if self.meets:
+                    self.meet()
             case Abort(request_id=request_id):
                 self.aborted.append(request_id)
                 self._requests.pop(request_id, None)
@@ -146,6 +155,12 @@ class FakeEngine:
             case Drain():
                 self.draining = True
         self._wake.set()
+
+    def meet(self) -> None:
+        """Say that nothing is left to do for the consumers introduced so far."""
+        meets, self._meets = self._meets, []
+        for each in meets:
+            self.emit(Met(each.consumer, each.consumer_address))
 
     def fail(self, request_id: str, status: int, code: str, message: str) -> None:
         """Report that one request failed here."""
@@ -337,6 +352,9 @@ class FakeEngineClient:
                     self._listener.on_step(self.instance, message)
             case Pong():
                 self.stats = message.stats
+            case Met():
+                if self._listener is not None:
+                    self._listener.on_met(self.instance, message)
 
 
 def fake_cluster(
@@ -344,6 +362,7 @@ def fake_cluster(
     *,
     step_delay_s: float = 0.0,
     auto: bool = True,
+    meets: bool = True,
     token_of: TokenOf = fake_token,
     tokens_per_step: int = 1,
 ) -> list[FakeEngineClient]:
@@ -357,6 +376,7 @@ def fake_cluster(
             role,
             step_delay_s=step_delay_s,
             auto=auto,
+            meets=meets,
             token_of=token_of,
             tokens_per_step=tokens_per_step,
             peers=peers,

@@ -23,6 +23,7 @@ from pdrelay.core.messages import (
     Expect,
     Failure,
     FinishReason,
+    Met,
     Output,
     Prefill,
     StepResult,
@@ -172,6 +173,9 @@ class Flow:
 
     def on_ready(self, instance: str) -> None:
         self._cluster.introduce(instance)
+
+    def on_met(self, instance: str, met: Met) -> None:
+        self._cluster.met(instance, met)
 
     def on_lost(self, instance: str, reason: str) -> None:
         """Every request that the instance still worked on fails at once."""
