@@ -61,6 +61,22 @@ def test_what_is_sent_and_has_not_left_is_copying(rig):
     rig.assert_arrived("a", list(range(14)))
 
 
+def test_a_hand_over_ends_while_another_prompt_is_being_launched(rig):
+    promised(rig, "a", range(14))
+    rig.launch()
+    rig.device.run_compute()
+    assert rig.read() and rig.producer.num_copying == 1
+    rig.device.run_copies()
+    rig.watch()
+    promised_later = list(range(100, 114))
+    rig.submit("b", promised_later)
+    rig.launch()
+    assert rig.producer.num_copying == 0 and rig.producer.num_transferring == 1
+    rig.settle()
+    rig.assert_arrived("a", list(range(14)))
+    rig.assert_arrived("b", promised_later)
+
+
 def test_a_prompt_of_whole_blocks_needs_no_copy(rig):
     promised(rig, "a", range(16))
     rig.settle()

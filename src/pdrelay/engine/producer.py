@@ -363,11 +363,14 @@ class Producer:
 
     def after_layer(self, plan: StepPlan, layer: int) -> None:
         """Layer `layer` of all the plan's chunks is written: send the blocks it completes, also
-        into slots that consumers reserved meanwhile."""
+        into slots that consumers reserved meanwhile. Launching a long prompt takes milliseconds,
+        for which no other hand-over waits."""
         if self._transport.device is not None:
             self._transport.device.written(layer)
         for peer in list(self._peers.values()):
             self._read(peer)
+            if self.num_copying:
+                self._take_reports(peer)
         for chunk in plan.chunks:
             outgoing = self._outgoing.get(chunk.request.request_id)
             if outgoing is None:
@@ -396,9 +399,7 @@ class Producer:
         """Read what consumers say and what links report; enforce deadlines."""
         for peer in list(self._peers.values()):
             self._read(peer)
-            if peer.link is not None:
-                for report in peer.link.poll():
-                    self._on_report(peer, report)
+            self._take_reports(peer)
             if peer.channel.closed:
                 self._lose(peer)
         now = self._clock()
@@ -555,6 +556,11 @@ class Producer:
             link.finish(outgoing.request.request_id)
         except TransportError as error:
             self._fail(outgoing, WorkerLostError(f"KV hand-over failed: {error}"))
+
+    def _take_reports(self, peer: Peer) -> None:
+        if peer.link is not None:
+            for report in peer.link.poll():
+                self._on_report(peer, report)
 
     def _on_report(self, peer: Peer, report: Sent | Stopped | TransferFailed) -> None:
         match report:
