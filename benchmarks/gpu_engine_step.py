@@ -453,15 +453,15 @@ def print_decode_variants(bench: Bench, repeats: int) -> None:
     if bench.limits.max_num_seqs < batches[-1]:
         return
     print("\ndecode kernel (context 640)  " + "  ".join(f"B={b} ms" for b in batches))
-    for stages in (None, 2, 3, 4, 5, 7):
+    for depth in (None, 1, 2, 3, 4):
         for pdl in (True, False):
-            kernels.decode_stages, kernels.decode_pdl = stages, pdl
+            kernels.decode_depth, kernels.decode_pdl = depth, pdl
             bench.executor.capture_graphs(batches)
             plans = [bench.decode_plan(batch, 640) for batch in batches]
             times = [bench.decode(plan, repeats)[0] if plan else float("nan") for plan in plans]
-            label = f"stages {stages or 'by rule'}, pdl {'on' if pdl else 'off'}"
+            label = f"depth {depth or 'by rule'}, pdl {'on' if pdl else 'off'}"
             print(f"{label:<26}", *(f"{ms:>8.3f}" for ms in times))
-    kernels.decode_stages = kernels.decode_pdl = None
+    kernels.decode_depth = kernels.decode_pdl = None
     bench.executor.capture_graphs(batches)
 
 

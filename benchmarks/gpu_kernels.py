@@ -433,22 +433,22 @@ def attention_reference(
 
 
 def decode_variants(batch: int, context: int) -> Iterator[tuple[int, int, bool, bool]]:
-    """(splits, stages, fused, pdl)."""
+    """(splits, tiles on their way, fused, pdl)."""
     rule = split_rule(batch, KV_HEADS, max(context, 32 * 1024), num_sms(DEVICE))
     if SMOKE:
         yield from ((rule, 2, True, False), (2, 2, False, False))
         return
     for splits in sorted({rule, *(s for s in (rule // 2, rule // 4, rule * 2) if 1 <= s <= 32)}):
-        for stages in (3, 5):
-            yield splits, stages, True, True
+        for depth in (1, 3):
+            yield splits, depth, True, True
     yield rule, 3, True, False
     if rule > 1:
         yield rule, 3, False, True
         yield rule, 3, False, False
     else:
-        for stages in (2, 4, 6, 7):
-            yield rule, stages, True, True
-        yield rule, 7, True, False
+        for depth in (2, 4, 6):
+            yield rule, depth, True, True
+        yield rule, 1, True, False
 
 
 def bench_decode(bench: Bench) -> None:
@@ -465,10 +465,10 @@ def bench_decode(bench: Bench) -> None:
         q = randn(batch, HEADS * DIM)
         out = torch.empty_like(q)
         wanted = functools.cache(functools.partial(decode_reference, q, kv, tables[0], context))
-        for splits, stages, fused, pdl in decode_variants(batch, context):
-            name = f"S{splits}s{stages}" + ("" if fused else "-2k") + ("" if pdl else "-nopdl")
+        for splits, depth, fused, pdl in decode_variants(batch, context):
+            name = f"S{splits}d{depth}" + ("" if fused else "-2k") + ("" if pdl else "-nopdl")
             cut = DecodeCut(splits)
-            options = {"fused": fused, "stages": stages, "pdl": pdl}
+            options = {"fused": fused, "depth": depth, "pdl": pdl}
             calls: list[Call] = [
                 functools.partial(
                     paged_decode, q, kv, t, lens, DIM**-0.5, out, workspace, cut, **options
@@ -565,16 +565,17 @@ UNEVEN: dict[str, list[int]] = {
 
 
 def uneven_variants(splits: int) -> Iterator[tuple[str, int, int | None, int, int]]:
-    """(name, splits, stages, least tiles of a part, shares an SM); 0 tiles: no extra parts."""
+    """(name, splits, tiles on their way, least tiles of a part, shares an SM); 0 tiles: no extra
+    parts."""
     yield "*rule", splits, None, 0, 2
     yield "*rule+", splits, None, least_part(splits), SHARES_PER_SM
     if SMOKE:
         return
-    for stages in (2, 3, 4, 7):
+    for depth in (1, 2, 3, 6):
         for count in sorted({1, splits}):
-            yield f"S{count}s{stages}", count, stages, 0, 2
+            yield f"S{count}d{depth}", count, depth, 0, 2
             for least, shares in ((8, 2), (16, 2)):
-                yield f"S{count}s{stages}l{least}/{shares}", count, stages, least, shares
+                yield f"S{count}d{depth}l{least}/{shares}", count, depth, least, shares
 
 
 def bench_uneven(bench: Bench) -> None:
@@ -600,7 +601,7 @@ def bench_uneven(bench: Bench) -> None:
         )
         rule = split_rule(rows, KV_HEADS, 16384, num_sms(DEVICE))
         size = sum(lengths) * KV_HEADS * DIM * 4.0
-        for name, splits, stages, least, shares in uneven_variants(rule):
+        for name, splits, depth, least, shares in uneven_variants(rule):
             extras = None
             if COMPILING and least:
                 extras = torch.zeros(HEADER + most_extra_parts(KV_HEADS, num_sms(DEVICE))).int()
@@ -609,7 +610,7 @@ def bench_uneven(bench: Bench) -> None:
                     lens, splits, KV_HEADS, num_sms(DEVICE), least=least, shares=shares
                 )
             cut = DecodeCut(splits, extras)
-            options = {"stages": stages, "pdl": not SMOKE}
+            options = {"depth": depth, "pdl": not SMOKE}
             calls: list[Call] = [
                 functools.partial(
                     paged_decode, q, kv, t, lens, DIM**-0.5, out, workspace, cut, **options

@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import random
 import threading
+from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_harness import small_config
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pdrelay.core.block_manager import BlockManager
 from pdrelay.core.messages import EngineRequest
@@ -196,6 +198,53 @@ def test_decode_steps_run_graphs_and_padding_writes_nothing():
     assert set(replays) == {4}
     used = sorted({block for block in range(64) if not torch.all(pool[:, block] == 7.5)})
     assert used == [0, 1, 2], "three requests of one block each"
+
+
+class LaunchOrder(TorchDispatchMode):
+    """What a step launches: "input" (writes what attention may read before it waits), "gather", and
+    kernels that may be launched with PDL, by name."""
+
+    def __init__(self, executor, monkeypatch):
+        super().__init__()
+        self.seen = []
+        self._inputs = {t.untyped_storage().data_ptr() for t in (executor._words, executor._tables)}
+        kernels = executor._kernels
+        for name in (n for n in dir(kernels) if not n.startswith("_")):
+            if callable(original := getattr(kernels, name)):
+                label = "input" if name == "decode_cut" else name
+                monkeypatch.setattr(kernels, name, partial(self._called, label, original))
+
+    def _called(self, label, original, *args):
+        if not label.endswith("_wins"):  # a question, no kernel
+            self.seen.append(label)
+        return original(*args)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.index_select.default:
+            self.seen.append("gather")
+        copies = func is torch.ops.aten.copy_.default
+        if copies and args[0].untyped_storage().data_ptr() in self._inputs:
+            self.seen.append("input")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_what_attention_reads_before_it_waits_lies_behind_the_gather(mixed, monkeypatch):
+    runner, _ = make_runner(small_config())
+    scheduler = make_scheduler()
+    add(scheduler, "a", [1, 2, 3], max_tokens=4)
+    first = scheduler.schedule()
+    scheduler.update(first, runner.launch(first, None, None).result().token_ids)
+    if mixed:
+        add(scheduler, "b", [4, 5, 6, 7], max_tokens=4)
+    plan = scheduler.schedule()
+    with LaunchOrder(runner._executor, monkeypatch) as order:
+        runner.launch(plan, None, None).result()
+    seen = order.seen
+    gather = seen.index("gather")
+    assert set(seen[:gather]) == {"input"} and len(seen[:gather]) >= 2, "upload, (tables,) parts"
+    attention = len(seen) - 1 - seen[::-1].index("paged_decode")
+    assert "input" not in seen[gather:attention]
 
 
 def test_a_step_stores_into_a_peers_pages_too():

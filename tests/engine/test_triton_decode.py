@@ -6,6 +6,7 @@ from triton_harness import DEVICE, ON_GPU, randn, relative_error
 
 from pdrelay.engine.kernels.decode_cut import DecodeCut
 from pdrelay.engine.kernels.gpu import TritonKernels
+from pdrelay.engine.kernels.triton import attention_decode, decode_parts
 from pdrelay.engine.kernels.triton.attention_decode import (
     DecodeWorkspace,
     paged_decode,
@@ -15,10 +16,13 @@ from pdrelay.engine.kernels.triton.decode_parts import HEADER, extra_parts
 from pdrelay.engine.kernels.triton.launch import num_sms
 from pdrelay.engine.kernels.triton.split_rule import (
     MAX_SPLITS,
+    crowds,
     fills_waves,
     most_extra_parts,
-    pipeline_stages,
+    pipeline_depth,
 )
+
+SHAPES = [(8, 2, 64, 16), (4, 4, 16, 64), (5, 1, 32, 128), (16, 2, 32, 64), (6, 2, 16, 128)]
 
 
 def make_batch(seq_lens, num_kv_heads, head_dim, block_size, dtype=torch.bfloat16):
@@ -54,12 +58,9 @@ def reference(q, dense, num_heads, head_dim, scale):
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("num_splits", [1, 4])
-@pytest.mark.parametrize(
-    ("num_heads", "num_kv_heads", "head_dim", "block_size"),
-    [(8, 2, 64, 16), (4, 4, 16, 64), (5, 1, 32, 128)],
-)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim", "block_size"), SHAPES)
 def test_paged_decode(num_heads, num_kv_heads, head_dim, block_size, num_splits, fused):
-    seq_lens = [1, 0, 64, 130]
+    seq_lens = [1, 0, 64, 330]
     pool, tables, lens, dense = make_batch(seq_lens, num_kv_heads, head_dim, block_size)
     q = randn(len(seq_lens), num_heads * head_dim + 96)[:, : num_heads * head_dim]
     workspace = DecodeWorkspace(8, num_heads, head_dim, DEVICE, 8)
@@ -81,9 +82,10 @@ def test_float32_is_exact_to_its_own_precision():
     assert relative_error(actual, reference(q, dense, 4, 32, 0.2)) < 1e-5
 
 
-def test_a_row_has_the_same_bits_in_any_batch():
-    seq_lens = [130, 3, 77, 64]
-    pool, tables, lens, _ = make_batch(seq_lens, 2, 32, 16)
+@pytest.mark.parametrize("block_size", [16, 64, 128])
+def test_a_row_has_the_same_bits_in_any_batch(block_size):
+    seq_lens = [330, 3, 77, 64]
+    pool, tables, lens, _ = make_batch(seq_lens, 2, 32, block_size)
     q = randn(4, 8 * 32)
     together = paged_decode(q, pool, tables, lens, 0.2, cut=DecodeCut(4))
     for row in range(4):
@@ -92,9 +94,59 @@ def test_a_row_has_the_same_bits_in_any_batch():
         assert torch.equal(together[part], alone)
 
 
+def test_a_row_has_the_same_bits_in_pages_of_any_size():
+    seq_lens, cut, outs = [330, 3, 0, 64], DecodeCut(2), []
+    q = randn(4, 8 * 32)
+    for block_size in (16, 64, 128):
+        pool, tables, lens, _ = make_batch(seq_lens, 2, 32, block_size)
+        outs.append(paged_decode(q, pool, tables, lens, 0.2, cut=cut, depth=3))
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+
+
+@pytest.mark.skipif(ON_GPU, reason="looks into the interpreter")
+@pytest.mark.parametrize("num_splits", [1, 2])
+@pytest.mark.parametrize("block_size", [64, 128])
+def test_entries_read_ahead_are_the_parts_own(block_size, num_splits, monkeypatch):
+    """None behind a part's last tile: behind the last row's last entry the table may end."""
+    seq_lens = [330, 0, 64, 129]
+    pool, tables, lens, _ = make_batch(seq_lens, 1, 16, block_size)
+    seen = []
+
+    def entry(table, position, block, interpret):
+        row = (int(table.handle.data[0]) - tables.data_ptr()) // (4 * tables.stride(0))
+        seen.append((row, int(position.handle.data[0])))
+        return read(table, position, block, interpret)
+
+    read = attention_decode.table_entry
+    monkeypatch.setattr(attention_decode, "table_entry", entry)
+    paged_decode(randn(4, 2 * 16), pool, tables, lens, 0.2, cut=DecodeCut(num_splits))
+    wanted = []
+    for row, length in enumerate(seq_lens):
+        tiles = -(-length // 64)
+        part = max(1, -(-tiles // num_splits))
+        for first in range(0, tiles, part):
+            last = min(first + part, tiles) - 1
+            wanted += [(row, 64 * i) for i in (*range(first, last + 1), last)]
+    assert sorted(seen) == sorted(wanted)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="the interpreter has no pipeline")
+@pytest.mark.parametrize("block_size", [16, 64, 128])
+def test_no_depth_reads_what_it_must_not(block_size):
+    seq_lens = [1, 0, 64, 700, 129]
+    pool, tables, lens, dense = make_batch(seq_lens, 2, 64, block_size)
+    q = randn(5, 8 * 64)
+    wanted = reference(q, dense, 8, 64, 0.125)
+    for depth in (1, 2, 3, 6):
+        out = paged_decode(q, pool, tables, lens, 0.125, cut=DecodeCut(2), depth=depth)
+        assert not out[1].any()
+        assert relative_error(out, wanted) < 1e-2
+
+
 @pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
-def test_a_graph_stays_valid_while_lengths_change():
-    pool, tables, lens, dense = make_batch([300, 200], 2, 64, 16)
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_a_graph_stays_valid_while_lengths_change(block_size):
+    pool, tables, lens, dense = make_batch([300, 200], 2, 64, block_size)
     q, workspace = randn(2, 8 * 64), DecodeWorkspace(2, 8, 64, DEVICE)
     out = paged_decode(q, pool, tables, lens, 0.125, None, workspace, DecodeCut(8))
     graph = torch.cuda.CUDAGraph()
@@ -128,16 +180,26 @@ def test_split_rule_of_the_8b_shape():
     assert split_rule(32, 8, 8192, 132) == 1
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_the_pipeline_fits_shared_memory(head_dim):
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("head_dim", [16, 64, 128, 256])
+def test_the_pipeline_fits_shared_memory(head_dim, itemsize):
+    tile_bytes = 2 * 64 * head_dim * itemsize
     for num_splits in (1, 2, 32):
-        stages = pipeline_stages(8, num_splits, head_dim, 2, 132)
-        assert stages >= 3
-        assert stages * 2 * 64 * head_dim * 2 <= 227 << 10
-    assert pipeline_stages(32 * 8, 1, 128, 2, 132) == 7
-    assert pipeline_stages(64 * 8, 1, 128, 2, 132) == 2
-    assert pipeline_stages(64, 8, 128, 2, 132) == 3
-    assert pipeline_stages(16 * 8 * 2, 2, 128, 2, 132) == 7
+        depth = pipeline_depth(False, num_splits, tile_bytes, 64)
+        assert 1 <= depth <= 3
+        assert depth * tile_bytes <= (227 << 10)
+        assert depth == 1 or 2 * depth * tile_bytes <= 227 << 10  # two programs an SM
+
+
+def test_pipeline_depth_of_the_8b_shape():
+    assert not crowds(48 * 8, 132) and crowds(64 * 8, 132)
+    tile_bytes = 2 * 64 * 128 * 2
+    for num_splits in (1, 2, 8):
+        assert pipeline_depth(False, num_splits, tile_bytes, 64) == 3
+        assert pipeline_depth(True, num_splits, tile_bytes, 64) == 1
+    # Pages smaller than a tile.
+    assert [pipeline_depth(False, n, tile_bytes, 16) for n in (1, 2, 4)] == [3, 3, 1]
+    assert pipeline_depth(True, 1, tile_bytes, 16) == 1
 
 
 def test_waves():
@@ -192,26 +254,30 @@ def test_most_extra_parts_are_never_too_few():
 
 
 @pytest.mark.parametrize("num_splits", [1, 2])
-@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(8, 2, 64), (5, 1, 32)])
-def test_decode_with_extra_parts(num_heads, num_kv_heads, head_dim, num_splits):
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim", "block_size"), SHAPES)
+@pytest.mark.parametrize("seq_lens", [[1, 0, 700, 130, 64], [0, 700, 64]])
+def test_decode_with_extra_parts(
+    seq_lens, num_heads, num_kv_heads, head_dim, block_size, num_splits
+):
     """Few SMs and short parts, so that lengths which the interpreter can do are cut."""
-    seq_lens = [1, 0, 700, 130, 64]
-    pool, tables, lens, dense = make_batch(seq_lens, num_kv_heads, head_dim, 16)
+    pool, tables, lens, dense = make_batch(seq_lens, num_kv_heads, head_dim, block_size)
     q = randn(len(seq_lens), num_heads * head_dim)
     workspace = DecodeWorkspace(8, num_heads, head_dim, DEVICE)
     scale = head_dim**-0.5
     extras = extra_parts(lens, num_splits, num_kv_heads, 16, least=1)
     assert extras[1] > 0
     cut = DecodeCut(num_splits, extras)
-    for _ in range(2):  # the workspace is as good the second time
+    for rubbish in (-1, 2**31 - 1):  # behind what is named; and the workspace serves twice
+        extras[HEADER + int(extras[1]) :] = rubbish
         out = torch.full((len(seq_lens), num_heads * head_dim), torch.nan).to(q)
         paged_decode(q, pool, tables, lens, scale, out, workspace, cut)
-        assert not out[1].any()
+        assert not out[seq_lens.index(0)].any()
         assert relative_error(out, reference(q, dense, num_heads, head_dim, scale)) < 1e-2
 
 
-def test_extra_parts_change_no_bit_of_rows_that_are_not_cut():
-    pool, tables, lens, _ = make_batch([60, 900, 64, 0], 2, 32, 16)
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_extra_parts_change_no_bit_of_rows_that_are_not_cut(block_size):
+    pool, tables, lens, _ = make_batch([60, 900, 64, 0], 2, 32, block_size)
     q = randn(4, 8 * 32)
     extras = extra_parts(lens, 1, 2, 16, least=2)
     assert extras[1] > 0
@@ -219,6 +285,11 @@ def test_extra_parts_change_no_bit_of_rows_that_are_not_cut():
     whole = paged_decode(q, pool, tables, lens, 0.2, cut=DecodeCut(1))
     for row in (0, 2, 3):
         assert torch.equal(cut[row], whole[row])
+
+
+def test_parts_are_named_without_programmatic_launch():
+    """Else the decode kernel, which reads them before it waits, could come too early."""
+    assert "PDL" not in decode_parts._name_parts.arg_names
 
 
 def test_the_engine_cuts_by_bucket_and_lengths():
@@ -235,14 +306,18 @@ def test_the_engine_cuts_by_bucket_and_lengths():
 
 
 @pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
-def test_a_graph_cuts_by_the_lengths_of_its_replay():
+@pytest.mark.parametrize("pdl", [False, True])
+def test_a_graph_cuts_by_the_lengths_of_its_replay(pdl):
     pool, tables, lens, dense = make_batch([6000, 200, 300], 2, 64, 64)
     q, workspace = randn(3, 8 * 64), DecodeWorkspace(4, 8, 64, DEVICE)
 
     def step():
         extras = extra_parts(lens, 1, 2, 8, least=4)
         cut = DecodeCut(1, extras)
-        return paged_decode(q, pool, tables, lens, 0.125, None, workspace, cut), extras
+        q.mul_(1)  # the kernel without PDL in front of the first with it
+        for _ in range(3):  # the last ones may begin before the first is over
+            out = paged_decode(q, pool, tables, lens, 0.125, None, workspace, cut, pdl=pdl)
+        return out, extras
 
     step()
     torch.cuda.synchronize()

@@ -9,6 +9,9 @@ Decode batches replay CUDA graphs at bucket sizes, and so do single short prompt
 (`prefill_graphs.py`). Inputs lie at addresses fixed by the bucket; padding rows have length 0 and
 slot -1. Block tables travel as wide as the step needs and are spread on the device into static ones
 as wide as the longest request may need.
+
+The gather of token ids is a kernel without PDL, behind the uploads, the tables and `decode_cut` and
+in front of the forward pass: decode attention may read those before it waits (`triton/launch.py`).
 """
 
 from __future__ import annotations

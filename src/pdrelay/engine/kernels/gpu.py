@@ -320,7 +320,7 @@ class TritonKernels:
 
         self.pdl = pdl
         # Of the decode kernel; None: its rule's, and `pdl`.
-        self.decode_stages: int | None = None
+        self.decode_depth: int | None = None
         self.decode_pdl: bool | None = None
         self.gathers_chunks = gathers_chunks
         self.max_small_rows: int = linear_small.MAX_ROWS
@@ -441,7 +441,7 @@ class TritonKernels:
             out,
             self._workspace,
             cut,
-            stages=self.decode_stages,
+            depth=self.decode_depth,
             pdl=self.pdl if self.decode_pdl is None else self.decode_pdl,
         )
 

@@ -1,10 +1,14 @@
 """Decode attention over pages: one query token a row, split over the keys (Flash-Decoding: Dao et
 al., 2023), the query heads of a KV head packed into one tile.
 
+A tile's loads depend on its entry of the block table. Where a tile lies in one block, the entry is
+read a tile ahead and outside Triton's pipeline, so that all its stages but one hold K and V on
+their way (`pages.table_entry`). Smaller blocks: a vector of entries, pipelined like K and V.
+
 Bits: a row's result depends on its own query, keys, length, `num_splits` and, where `extra_parts`
 cut rows finer, on the part length that they name; on nothing else: not on the batch's size, the
 row's place in it or the order in which programs finish. Another `num_splits`, `fused` on or off,
-another `stages` or `warps`: another order of sums, and last bits that may differ.
+another `depth` or `warps`: another order of sums, and last bits that may differ.
 """
 
 from __future__ import annotations
@@ -23,11 +27,12 @@ from pdrelay.engine.kernels.triton.launch import (
     num_sms,
     pdl_flags,
 )
-from pdrelay.engine.kernels.triton.pages import key_offsets
+from pdrelay.engine.kernels.triton.pages import key_offsets, table_entry, tile_offsets
 from pdrelay.engine.kernels.triton.split_rule import (
     MAX_SPLITS,
     TILE,
-    pipeline_stages,
+    crowds,
+    pipeline_depth,
     split_rule,
 )
 
@@ -74,7 +79,7 @@ def paged_decode(
     cut: DecodeCut | None = None,
     *,
     fused: bool = True,
-    stages: int | None = None,
+    depth: int | None = None,
     warps: int = 4,
     pdl: bool = False,
 ) -> torch.Tensor:
@@ -84,8 +89,9 @@ def paged_decode(
     int32 [B], the new token included; 0 marks a padding row, which gets zeros. `scale` multiplies
     q·k. `cut`: by `split_rule` of the longest sequence the tables can hold unless given; its
     `extra_parts`, those of these lengths and `num_splits`, need `fused`.
-    `fused`: the last part of a row to finish combines them; else a second kernel does. `stages`:
-    depth of the K/V pipeline, by `pipeline_stages` unless given.
+    `fused`: the last part of a row to finish combines them; else a second kernel does. `depth`:
+    tiles of K and V on their way, by `pipeline_depth` unless given. With `pdl` one kernel without
+    it lies between this and what wrote the tables, the lengths and the extra parts (`launch.py`).
     """
     batch = q.shape[0]
     block_size, num_kv_heads, head_dim = kv_layer.shape[2:]
@@ -104,13 +110,10 @@ def paged_decode(
         cut = DecodeCut(split_rule(batch, num_kv_heads, longest, num_sms(q.device)))
     num_splits, extras = cut.num_splits, cut.extra_parts
     assert is_power_of_2(num_splits)
-    if stages is None:
-        stages = pipeline_stages(
-            batch * num_kv_heads * num_splits,
-            num_splits,
-            head_dim,
-            kv_layer.element_size(),
-            num_sms(q.device),
+    crowded = crowds(batch * num_kv_heads * num_splits, num_sms(q.device))
+    if depth is None:
+        depth = pipeline_depth(
+            crowded, num_splits, 2 * TILE * head_dim * kv_layer.element_size(), block_size
         )
     slots = 0 if extras is None else extras.numel() - HEADER
     assert fused or not slots
@@ -149,9 +152,9 @@ def paged_decode(
         CHUNK=chunk,
         HEADER=HEADER,
         FUSED=fused,
-        STAGES=stages,
+        STAGES=_stages(depth, block_size, crowded),
         HEADS_AT_ONCE=_heads_at_once(group, chunk * head_dim, warps),
-        UPCAST=interpreting(),
+        INTERPRET=interpreting(),
         num_warps=warps,
         **pdl_flags(pdl),
     )
@@ -168,6 +171,15 @@ def paged_decode(
             **pdl_flags(pdl),
         )
     return out
+
+
+def _stages(depth: int, block_size: int, crowded: bool) -> int:
+    """What Triton counts. A vector of entries is a level of the pipeline of its own, `depth` tiles
+    ahead of K and V; in a crowd of programs less."""
+    assert depth >= 1
+    if block_size >= TILE:
+        return depth + 1
+    return 2 * depth + (0 if crowded else 1)
 
 
 def _heads_at_once(group: int, floats_per_head: int, warps: int) -> int:
@@ -207,13 +219,12 @@ def _decode(
     FUSED: tl.constexpr,
     STAGES: tl.constexpr,
     HEADS_AT_ONCE: tl.constexpr,
-    UPCAST: tl.constexpr,
+    INTERPRET: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
     """One program: the queries of one KV head of one row, one part of its keys."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     kv_head = tl.program_id(0)
     slot = tl.program_id(1)
     row = slot % batch
@@ -221,9 +232,10 @@ def _decode(
     if EXTRA:
         place = slot - batch * SPLITS
         named = (place >= 0) & (place < tl.load(extras_ptr + 1))
-        entry = tl.load(extras_ptr + HEADER + place, mask=named, other=0)
-        row = tl.where(place >= 0, entry // PITCH, row)
-        split = tl.where(place >= 0, tl.where(named, entry % PITCH, PITCH), split)
+        if place >= 0:  # beyond what is named lies anything
+            entry = tl.load(extras_ptr + HEADER + place)
+            row = tl.where(named, entry // PITCH, 0)
+            split = tl.where(named, entry % PITCH, PITCH)
     length = tl.load(lens_ptr + row)
     tiles = tl.cdiv(length, TILE)
     if EXTRA:
@@ -232,6 +244,13 @@ def _decode(
         part = tl.cdiv(tiles, SPLITS)
     first = split * part
     last = tl.minimum(first + part, tiles)
+    table = tables_ptr + row.to(tl.int64) * table_stride
+    block = 0
+    if BLOCK_SIZE >= TILE:  # noqa: SIM102 - known when compiled, unlike the next
+        if first < last:
+            block = table_entry(table, first * TILE, BLOCK_SIZE, INTERPRET)
+    if PDL:  # so far a step's inputs: no kernel with PDL writes those
+        tl.extra.cuda.gdc_wait()
 
     queries = tl.arange(0, ROWS)
     columns = tl.arange(0, HEAD_DIM)
@@ -247,24 +266,31 @@ def _decode(
         maximum = tl.full([ROWS], -1.0e30, tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
-        table = tables_ptr + row.to(tl.int64) * table_stride
         head_ptr = kv_ptr + kv_head * HEAD_DIM
         for i in tl.range(first, last, num_stages=STAGES):
             start = i * TILE
             valid = start + keys < length
-            offsets = key_offsets(table, start, valid, NUM_KV_HEADS * HEAD_DIM, BLOCK_SIZE, TILE)
+            if BLOCK_SIZE >= TILE:
+                here = block
+                following = tl.minimum(i + 1, last - 1) * TILE
+                block = table_entry(table, following, BLOCK_SIZE, INTERPRET)
+                offsets = tile_offsets(here, start, NUM_KV_HEADS * HEAD_DIM, BLOCK_SIZE, TILE)
+            else:
+                offsets = key_offsets(
+                    table, start, valid, NUM_KV_HEADS * HEAD_DIM, BLOCK_SIZE, TILE
+                )
             at = head_ptr + offsets[:, None] + columns[None, :]
             # Beyond the length lie the page's earlier owners: not even NaN may count.
             k = tl.load(at, mask=valid[:, None], other=0.0)
             v_at = at + BLOCK_SIZE * NUM_KV_HEADS * HEAD_DIM
             v = tl.load(v_at, mask=valid[:, None], other=0.0)
-            scores = dot(q, tl.trans(k), tl.zeros([ROWS, TILE], tl.float32), UPCAST) * scale_log2
+            scores = dot(q, tl.trans(k), tl.zeros([ROWS, TILE], tl.float32), INTERPRET) * scale_log2
             scores = tl.where(valid[None, :], scores, -1.0e30)
             highest = tl.maximum(maximum, tl.max(scores, 1))
             weights = tl.exp2(scores - highest[:, None])
             shrink = tl.exp2(maximum - highest)
             total = total * shrink + tl.sum(weights, 1)
-            acc = dot(weights.to(v.dtype), v, acc * shrink[:, None], UPCAST)
+            acc = dot(weights.to(v.dtype), v, acc * shrink[:, None], INTERPRET)
             maximum = highest
         parts = tl.cdiv(tiles, part)
         if PITCH == 1:  # noqa: SIM114 - known when compiled, unlike the next

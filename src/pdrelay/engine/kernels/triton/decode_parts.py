@@ -7,6 +7,8 @@ Llama-3.1-8B shape, H200, docs/LOG.md 2026-11-24). Here a kernel looks at the le
 on the device so that CUDA graphs stay valid, and names the parts that rows too long get beyond
 `num_splits`. The grid has slots for them: as many as there can be, since a row is cut only where
 its parts are longer than a fixed share of what each SM has to read.
+
+Launched without PDL: the decode kernel reads the parts before it waits (`launch.py`).
 """
 
 from __future__ import annotations

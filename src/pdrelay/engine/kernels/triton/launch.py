@@ -3,10 +3,16 @@
 Programmatic dependent launch (PDL, sm_90): a kernel launched with it may start while the kernel
 before it in the stream still runs. The rules that keep it correct, for every kernel of this
 package that has a PDL flag:
-- it calls gdc_wait before it touches anything but weights, and on every path to its end: what
-  comes behind it may then take its end for the end of everything before it;
+- before gdc_wait it touches nothing but what no kernel with PDL writes: weights, and a step's
+  inputs (lengths, block tables, what `decode_parts.py` makes of them). Copies and kernels without
+  PDL write those, and one more kernel without PDL comes between them and the step's first with it:
+  a kernel without PDL begins when all before it has ended and its stores are visible, while a
+  kernel with PDL may begin before even the stores of one without are;
+- it calls gdc_wait on every path to its end: what comes behind it may then take its end for the
+  end of everything before it;
 - it calls gdc_launch_dependents first thing: the kernel behind it becomes resident as soon as all
-  of this one's programs run, reads its weights, and waits.
+  of this one's programs run, reads what it may, and waits. So kernels far behind may be resident
+  as well: that several with PDL lie in between orders nothing before gdc_wait.
 """
 
 from __future__ import annotations

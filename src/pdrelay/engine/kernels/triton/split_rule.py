@@ -5,9 +5,9 @@ from __future__ import annotations
 TILE = 64  # keys of one step of the kernel's loop
 MAX_SPLITS = 32
 _PROGRAMS_PER_SM = 2
-_STAGES, _MOST_STAGES, _FEWEST_STAGES = 3, 7, 2
-_CROWD = 3  # programs an SM that hide each other's waiting
-_SHARED_BYTES = 224 << 10  # of 227 KiB an SM has for one program
+_DEPTH, _LEAST_DEPTH = 3, 1
+_CROWD = 3  # programs an SM
+_SHARED_BYTES = 112 << 10  # a program's, of 228 KiB an SM has for _PROGRAMS_PER_SM
 SHARES_PER_SM = 2  # a part has at most a half of what an SM has to read in all
 # Tiles that a part of a row has at least if it is cut off for balance. Shorter ones spoil the waves
 # of large batches (17 rows of 900: 24.7 us with 16, 29.5 with 8), longer ones let small batches
@@ -38,22 +38,26 @@ def most_extra_parts(num_kv_heads: int, num_sms: int) -> int:
     return -(-SHARES_PER_SM * num_sms // num_kv_heads)
 
 
-def pipeline_stages(
-    num_programs: int, num_splits: int, head_dim: int, itemsize: int, num_sms: int
-) -> int:
-    """Depth of the K/V pipeline.
+def crowds(num_programs: int, num_sms: int) -> bool:
+    """Whether programs are so many that several an SM hide each other's waiting."""
+    return num_programs >= _CROWD * num_sms
 
-    Rows in one or two parts make long programs. Few an SM: each keeps many tiles on their way.
-    Many: short pipelines, so that several fit an SM (64 rows of the 8B shape behind 640 tokens: a
-    step of 5.83 ms with 2 stages, 5.95 with 7; 32 rows: 5.33 and 5.10; 16 rows of 900 in two parts,
-    attention of a layer: 25.2 us with 3, 22.0 with 7; H200, docs/LOG.md 2026-11-24).
+
+def pipeline_depth(crowded: bool, num_splits: int, tile_bytes: int, block_size: int) -> int:
+    """Tiles of K and V that a program has on their way while it computes with another.
+
+    Three where two programs an SM have room for them: of the 8B shape, 32 KiB each. (16 rows of
+    900, a layer's attention and RoPE: 23.4 us with 3, 28.5 with 6 and one program an SM; H200,
+    docs/LOG.md 2026-11-30.) One where programs crowd the SMs (64 rows of the 8B shape behind 640
+    tokens: a step of 5.83 ms with 1, 5.95 with 3; 32 rows: 5.33 and 5.10; docs/LOG.md 2026-11-24;
+    all of this with the loop before the one that reads tables ahead). One, too, where rows in many
+    parts meet pages smaller than a tile: not measured.
     """
-    if num_splits > 2:
-        return _STAGES
-    if num_programs >= _CROWD * num_sms:
-        return _FEWEST_STAGES
-    tile_bytes = 2 * TILE * head_dim * itemsize
-    return max(_STAGES, min(_MOST_STAGES, _SHARED_BYTES // tile_bytes))
+    if crowded:
+        return _LEAST_DEPTH
+    if block_size < TILE and num_splits > 2:
+        return _LEAST_DEPTH
+    return max(_LEAST_DEPTH, min(_DEPTH, _SHARED_BYTES // tile_bytes))
 
 
 def fills_waves(num_programs: int, num_sms: int, least: float = 0.9) -> bool:
