@@ -48,10 +48,7 @@ class Capabilities:
     """What a transport can do."""
 
     name: str
-    staged: bool  # bytes pass through a buffer that is neither pool
-    layer_wise: bool  # pages reach the consumer while later layers are computed
     needs_slots: bool  # `send` needs the consumer's block ids
-    cross_host: bool
     prefix_store: bool  # keeps pages by key for any instance to load
     remote_stores: bool = False  # a producer's device stores into the consumer's pages
 

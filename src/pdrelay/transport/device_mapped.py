@@ -92,10 +92,7 @@ class DeviceDescriptor(msgspec.Struct, frozen=True, tag="mapped-device"):
 class DeviceMappedTransport:
     capabilities = Capabilities(
         name=NAME,
-        staged=False,
-        layer_wise=True,
         needs_slots=True,
-        cross_host=False,
         prefix_store=False,
         remote_stores=True,
     )

@@ -136,10 +136,7 @@ class _Incoming:
 class FakeTransport:
     capabilities = Capabilities(
         name=NAME,
-        staged=False,
-        layer_wise=True,
         needs_slots=True,
-        cross_host=False,
         prefix_store=False,
     )
     prefix_store: PrefixStore | None = None

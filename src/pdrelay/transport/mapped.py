@@ -55,10 +55,7 @@ class MappedDescriptor(msgspec.Struct, frozen=True, tag=NAME):
 class MappedTransport:
     capabilities = Capabilities(
         name=NAME,
-        staged=False,
-        layer_wise=True,
         needs_slots=True,
-        cross_host=False,
         prefix_store=False,
     )
     prefix_store: PrefixStore | None = None

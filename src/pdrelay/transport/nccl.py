@@ -52,10 +52,7 @@ class NcclDescriptor(msgspec.Struct, frozen=True, tag=NAME):
 class NcclTransport:
     capabilities = Capabilities(
         name=NAME,
-        staged=True,
-        layer_wise=True,
         needs_slots=True,
-        cross_host=False,
         prefix_store=False,
     )
     prefix_store: PrefixStore | None = None

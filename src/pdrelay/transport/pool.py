@@ -119,10 +119,7 @@ class _Incoming:
 class PoolTransport:
     capabilities = Capabilities(
         name=NAME,
-        staged=True,
-        layer_wise=False,
         needs_slots=False,
-        cross_host=False,
         prefix_store=True,
     )
 

@@ -47,10 +47,7 @@ class TcpTransport:
 
     capabilities = Capabilities(
         name=NAME,
-        staged=False,
-        layer_wise=True,
         needs_slots=True,
-        cross_host=True,
         prefix_store=False,
     )
     prefix_store: PrefixStore | None = None
