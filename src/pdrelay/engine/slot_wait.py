@@ -7,12 +7,12 @@ copied beside it, which slows the prefill down and comes after its end.
 
 from __future__ import annotations
 
-import selectors
 from collections.abc import Callable
 
 from pdrelay.core.channel import Channel
-from pdrelay.core.clock import Clock
+from pdrelay.core.clock import Clock, monotonic_ns
 from pdrelay.core.messages import PeerMessage
+from pdrelay.engine.step_wait import Sockets, wait_awake
 
 # Less than what copies instead of stores add to a prompt's first token on two GPUs of one host
 # (docs/LOG.md), so a wait in vain costs no more than not to wait; and longer than an idle
@@ -23,11 +23,8 @@ WaitReadable = Callable[[Channel[PeerMessage], float], None]
 
 
 def wait_readable(channel: Channel[PeerMessage], timeout_s: float) -> None:
-    """Sleep until the channel has news, or for `timeout_s`."""
-    # select(2): its timeout has microseconds, epoll's is rounded up to milliseconds.
-    with selectors.SelectSelector() as selector:
-        selector.register(channel, selectors.EVENT_READ)
-        selector.select(timeout_s)
+    """Until the channel has news, or for `timeout_s`; awake, as it is so short."""
+    wait_awake(Sockets([channel], []), timeout_s, monotonic_ns, pause_s=0.0)
 
 
 class SlotWait:

@@ -49,9 +49,11 @@ def wait_for_step(
             return
 
 
-def wait_awake(sockets: Sockets, timeout_s: float, clock: Clock) -> None:
+def wait_awake(
+    sockets: Sockets, timeout_s: float, clock: Clock, *, pause_s: float = ASK_EVERY_S
+) -> None:
     """Until news, or for `timeout_s`: a thread whose processor never rests is woken sooner."""
     until_ns = clock() + int(timeout_s * 1e9)
     while clock() < until_ns:
-        if wait_for_news(sockets, ASK_EVERY_S):
+        if wait_for_news(sockets, pause_s):
             return
