@@ -5,14 +5,14 @@
 Llama-3.1-8B's cache (32 layers, 8 KV heads of 128, bf16, blocks of 16 tokens) on a device that does
 nothing, so that what is timed is our Python; a consumer announces over a real socket. `form`: K and
 V of a layer apart (`split`) or together. `blocks`: in one run on both sides, or shuffled. `when`:
-the announcement is read before the prefill, in its middle, after it, or two steps share a prompt
-(`chunked`, announced before).
+the announcement is read before the prefill, comes in its middle, is read after it, or two steps
+share a prompt (`chunked`, announced before).
 
 Medians, microseconds. `begin`: metadata bound; `layers`: all 32 layers' hooks together; `end`: the
-forward is issued; `after`: what is asked at the end of each step; `sum` of these. `answer`: the
-producer's thread holds its lock for it, to read and match the announcement. `copies` and `events`:
-submissions to the device and events recorded, of the prompt's steps (after: those of the other
-thread too); `turns`: how often the producer's thread looked at its sockets meanwhile. With
+forward is issued; `after`: what is asked at the end of each step; `sum` of these. `answer`: to read
+and match the announcement, in the middle by one of the layers' hooks, else by the producer's
+thread. `copies` and `events`: submissions to the device and events recorded, of the prompt's steps
+(after: those of the other thread too); `turns`: how often the producer's thread ran meanwhile. With
 `--launches n` a layer also makes n short calls that let go of the interpreter's lock, as launching
 kernels does; `step` is then what a step takes longer than one without a connector.
 """
@@ -145,16 +145,21 @@ class Rig:
     consumer: Consumer
     launches: int
     address: str
-    polls: list[int] = field(default_factory=list)  # ns of each
+    reads: list[int] = field(default_factory=list)  # ns of each
+    turns: list[int] = field(default_factory=list)  # of the thread
     number: int = 0
 
-    def load(self, name: str, num_tokens: int, blocks: list[int]) -> None:
+    def announce(self, name: str, num_tokens: int, blocks: list[int]) -> None:
         digests = [b"d" * 16, b"e" * 16]
         load = Load(name, f"T-{name}", self.address, 0, blocks, num_tokens, digests)
-        before = len(self.polls)
         self.consumer.begin_step(StepPlan(loads=[load]))
+
+    def load(self, name: str, num_tokens: int, blocks: list[int]) -> None:
+        """Announce, and wait until it is read."""
+        before = len(self.reads)
+        self.announce(name, num_tokens, blocks)
         until(lambda: self._announced(f"T-{name}"))
-        until(lambda: len(self.polls) > before)
+        until(lambda: len(self.reads) > before)
 
     def _announced(self, transfer_id: str) -> bool:
         outgoing = self.producer._by_transfer.get(transfer_id)
@@ -192,16 +197,14 @@ class Rig:
     def prompt(self, num_tokens: int, when: str, src: list[int], dst: list[int]) -> Times:
         self.number += 1
         name, times = f"r{self.number}", Times()
-        copies, events, turns = self.device.num_copies, self.device.num_events, len(self.polls)
+        copies, events = self.device.num_copies, self.device.num_events
         if when in ("before", "chunked"):
             self.load(name, num_tokens, dst)
-            times.answer = self.polls[-1]
-            turns = len(self.polls)
+        turns = len(self.turns)
 
         def announce(layer: int) -> None:
             if layer == LAYERS // 2 and when == "during":
-                self.load(name, num_tokens, dst)
-                times.answer = self.polls[-1]
+                self.announce(name, num_tokens, dst)
 
         stops = [num_tokens // 2, num_tokens] if when == "chunked" else [num_tokens]
         for stop in stops:
@@ -212,11 +215,11 @@ class Rig:
             self.device.num_copies - copies,
             self.device.num_events - events,
         )
-        times.turns = len(self.polls) - turns
+        times.turns = len(self.turns) - turns
         if when == "after":
             self.load(name, num_tokens, dst)
-            times.answer = self.polls[-1]
             times.copies = self.device.num_copies - copies
+        times.answer = self.reads[-1]
         self._finish(name)
         return times
 
@@ -235,6 +238,15 @@ class Rig:
         self.service.begin_step(StepPlan(held=[name]))
         until(lambda: bool(freed.update(self.service.take_finished()) or name in freed))
         assert not self.consumer.take_failed_blocks()
+
+
+def timed(call: Callable[..., None], times: list[int]) -> Callable[..., None]:
+    def timing(*args: Any) -> None:
+        start = time.perf_counter_ns()
+        call(*args)
+        times.append(time.perf_counter_ns() - start)
+
+    return timing
 
 
 def launch_kernels(count: int) -> None:
@@ -261,17 +273,11 @@ def rig_of(form: str, launches: int) -> Iterator[Rig]:
             pages=pages_of(form), instance="d", lease_s=60.0, load_timeout_s=60.0, **identity
         )
         device: Any = pages.device
-        polls: list[int] = []
-        real_poll = producer.poll
-
-        def poll() -> None:
-            start = time.perf_counter_ns()
-            real_poll()
-            polls.append(time.perf_counter_ns() - start)
-
-        vars(producer)["poll"] = poll
         service = ProducerService(producer, monotonic_ns)
-        yield Rig(pages, device, producer, service, consumer, launches, address, polls)
+        rig = Rig(pages, device, producer, service, consumer, launches, address)
+        vars(producer)["_read"] = timed(producer._read, rig.reads)
+        vars(service)["_turn"] = timed(service._turn, rig.turns)
+        yield rig
         consumer.close()
         service.close()
 

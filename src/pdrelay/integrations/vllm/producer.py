@@ -1,9 +1,10 @@
 """The producer rank's side: pushes prompts' KV into consumers' blocks while prefill computes it.
 
 No thread and no clock of its own. Not thread-safe: `service.py` shares one lock between the
-engine's thread (begin_step, push, end_step, take_finished) and the one that polls. Where launching
-kernels bounds a prefill, what the engine's thread does here is time to the first token: a layer is
-noted without the lock, and what can be is done once a chunk, when there is enough to submit.
+engine's thread and its own. Either may `look` and `poll`; begin_step, layer_due, push, end_step and
+take_finished are the engine's. Where launching kernels bounds a prefill, what it does here is time
+to the first token: a layer is noted without the lock, and what can be is done once a chunk, when
+there is enough to submit.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from pdrelay.core.channel import Channel
 from pdrelay.core.clock import Clock
 from pdrelay.errors import ConfigError, ProtocolError, TransportError
+from pdrelay.integrations.vllm.inbox import Inbox
 from pdrelay.integrations.vllm.listener import listen
 from pdrelay.integrations.vllm.messages import (
     PROTOCOL,
@@ -39,6 +41,8 @@ from pdrelay.integrations.vllm.step import Chunk, StepPlan
 _log = logging.getLogger(__name__)
 
 _MAX_ENDED = 4096  # transfers whose end is remembered for a late consumer
+_LOOKS_A_STEP = 8  # by layers, at what consumers say; one takes 2 to 4 µs if it is nothing
+_NEVER = 1 << 62
 
 
 @dataclass
@@ -128,7 +132,10 @@ class Producer:
         self._lease_ns = int(lease_s * 1e9)
         self._clock = clock
         self._listener = listen(address)
+        self._inbox = Inbox()
+        self._inbox.watch(self._listener.fileno())
         self._links: list[Link] = []
+        self._by_fd: dict[int, Link] = {}  # those in the inbox
         self._by_request: dict[str, Outgoing] = {}
         self._by_transfer: dict[str, Outgoing] = {}
         self._ended: dict[str, str] = {}  # transfer -> why nothing comes of it
@@ -139,9 +146,11 @@ class Producer:
         self._page_bytes = max(self._layer_bytes)
         self._step: list[Outgoing] = []  # what this step computes
         self._written: dict[int, None] = {}  # layers of this step; engine's thread only
-        self._announced = False  # whether the step computes anything that has a consumer
-        self._stride = 0  # layers between two pushes of this step
-        self._push_at = 0  # layers at which the next push may be worth it; engine's thread only
+        self._push_stride = 0  # layers between two submissions of this step
+        self._push_at = 0  # layers at which the next may be worth it; engine's thread only
+        self._look_stride = -(-len(self._layer_bytes) // _LOOKS_A_STEP)
+        self._look_at = 0  # as _push_at
+        self._due_at = _NEVER  # layers at which push has something to do
         self._abandoned = False
         self.stats = HandOverStats()
 
@@ -169,23 +178,37 @@ class Producer:
             self._hold(request_id)
         self._step = [self._add(chunk) for chunk in plan.chunks]
         self._written.clear()
-        self._announced = any(out.link is not None for out in self._step)
-        self._stride = self._push_at = self._layers_a_push()
+        self._push_stride = self._push_at = self._layers_a_push()
+        self._look_at = self._look_stride
+        self._due_at = self._next_due()
 
     def layer_due(self, layer: int) -> bool:
         """The step's KV of `layer` is issued; whether `push` should follow. Needs no lock."""
         self._written[layer] = None
-        return self._announced and len(self._written) >= self._push_at
+        return len(self._written) >= self._due_at
 
     def push(self) -> None:
-        """Send what the layers written so far complete, to consumers for whom that is worth a
-        submission."""
+        """Look for consumers, and send what the layers written so far complete, to those for whom
+        that is worth a submission."""
         written = list(self._written)
-        self._push_at = len(written) + self._stride
-        due = self._due(len(written))
-        if due:
-            self._pages.kv_written()
-            self._write_all([(out, out.progress.take(written)) for out in due])
+        if len(written) >= self._look_at:
+            self._look_at = len(written) + self._look_stride
+            self.look()
+        if len(written) >= self._push_at:
+            self._push_at = len(written) + self._push_stride
+            due = self._due(len(written))
+            if due:
+                self._pages.kv_written()
+                self._write_all([(out, out.progress.take(written)) for out in due])
+        self._due_at = self._next_due()
+
+    def _next_due(self) -> int:
+        """After how many of the step's layers `push` should come."""
+        due_at = self._look_at if self._closing else _NEVER
+        for out in self._step:
+            if out.live:
+                due_at = min(due_at, self._look_at if out.link is None else self._push_at)
+        return due_at
 
     def end_step(self) -> None:
         """The forward is issued: layers that did not report (graph replay) are written too."""
@@ -221,20 +244,6 @@ class Producer:
         ]
 
     @property
-    def needs_poll(self) -> bool:
-        """Whether the engine's thread left something to do that no socket tells of."""
-        return (
-            bool(self._closing)
-            or self.has_lost_links
-            or any(link.channel.has_pending for link in self._links)
-        )
-
-    @property
-    def has_lost_links(self) -> bool:
-        """Whether `poll` should look at once."""
-        return any(link.channel.closed for link in self._links)
-
-    @property
     def has_finished(self) -> bool:
         return bool(self._finished)
 
@@ -243,19 +252,11 @@ class Producer:
         finished, self._finished = self._finished, set()
         return finished
 
-    # ---- the thread that polls
+    # ---- whoever attends
 
-    def filenos(self) -> list[int]:
-        """Become readable when there is something to poll for. Empty once abandoned."""
-        if self._abandoned:
-            return []
-        return [self._listener.fileno(), *(link.channel.fileno() for link in self._open_links())]
-
-    def writable_filenos(self) -> list[int]:
-        return [link.channel.fileno() for link in self._open_links() if link.channel.has_pending]
-
-    def _open_links(self) -> list[Link]:
-        return [link for link in self._links if not link.channel.closed]
+    def fileno(self) -> int:
+        """Readable when consumers have something to say; until `close`."""
+        return self._inbox.fileno()
 
     def open_fences(self) -> list[Fence]:
         return [out.fence for out in self._closing if out.fence is not None]
@@ -265,18 +266,32 @@ class Producer:
         ends += [early.deadline_ns for link in self._links for early in link.early.values()]
         return min(ends, default=None)
 
-    def poll(self) -> None:
-        """Read what consumers say, tell them what has landed, enforce leases. Never blocks."""
+    def look(self) -> None:
+        """Read what consumers say, tell them what has landed. Never blocks."""
         if self._abandoned:
             return
-        self._accept()
-        for link in list(self._links):
-            self._read(link)
+        ready = self._inbox.ready()
+        if not ready and not self._closing:
+            return
+        for fd in ready:
+            link = self._by_fd.get(fd)
+            if link is None:
+                self._accept()
+            else:
+                self._read(link)
         for outgoing in list(self._closing):
             if self._landed(outgoing):
                 self._end(outgoing)
+        self._due_at = self._next_due()
+
+    def poll(self) -> None:
+        """`look`, enforce leases, and let go of consumers that are gone. Never blocks."""
+        if self._abandoned:
+            return
+        self.look()
         self._expire(self._clock())
         for link in list(self._links):
+            self._watch(link)
             if link.channel.closed:
                 self._lose(link)
 
@@ -298,6 +313,7 @@ class Producer:
         for outgoing in outgoings:
             outgoing.ended, outgoing.link = True, None
             self._free(outgoing)
+        self._inbox.close()
         self._listener.close()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._address)
@@ -395,9 +411,7 @@ class Producer:
         progress = outgoing.progress
         first = min(announce.first_block, progress.num_blocks)
         progress.announce(first, announce.blocks[: progress.num_blocks - first])
-        if progress.in_step:
-            self._announced = True  # the step writes it, as it knows what is ready
-        else:
+        if not progress.in_step:  # else the step writes it, as it knows what is ready
             self._write_all([(outgoing, progress.take_rest())])
 
     def _open(self, link: Link) -> bool:
@@ -545,7 +559,24 @@ class Producer:
                 sock, _ = self._listener.accept()
             except (BlockingIOError, InterruptedError):
                 return
-            self._links.append(Link(Channel(sock, FromConsumer)))
+            link = Link(Channel(sock, FromConsumer))
+            self._links.append(link)
+            self._watch(link)
+            self._read(link)  # as a rule it has spoken
+
+    def _watch(self, link: Link) -> None:
+        """Be told when it has something to say, or takes what it did not take before."""
+        if link.channel.closed:
+            self._unwatch(link)
+            return
+        fd = link.channel.fileno()
+        self._by_fd[fd] = link
+        self._inbox.watch(fd, writing=link.channel.has_pending)
+
+    def _unwatch(self, link: Link) -> None:
+        fd = link.channel.fileno()
+        if self._by_fd.pop(fd, None) is not None:
+            self._inbox.forget(fd)
 
     def _read(self, link: Link) -> None:
         link.channel.flush()
@@ -555,10 +586,15 @@ class Producer:
                 self._on_message(link, message)
         except (ProtocolError, ConfigError) as error:
             self._refuse_link(link, error)
+        self._watch(link)
 
     def _refuse_link(self, link: Link, error: Exception) -> None:
         _log.warning("%s is refused: %s", link.name, error)
         link.channel.send(Refused(str(error)))
+        self._close_channel(link)
+
+    def _close_channel(self, link: Link) -> None:
+        self._unwatch(link)
         link.channel.close()
 
     def _on_message(self, link: Link, message: FromConsumer) -> None:
@@ -651,6 +687,6 @@ class Producer:
             os.close(fd)
         link.fds = ()
         link.channel.received_fds.clear()
-        link.channel.close()
+        self._close_channel(link)
         if link.writer is not None:
             link.writer.close()
