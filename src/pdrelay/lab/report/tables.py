@@ -10,6 +10,7 @@ from rich.table import Table
 from pdrelay.lab import fmt
 from pdrelay.lab.report.figures import Summary
 from pdrelay.lab.report.sections.queue import HEAD, queue_cells
+from pdrelay.lab.table import add_row, make_table
 
 FILE_WIDTH = 160  # columns, where the output is no terminal
 _WIDEST = 1000  # of a file with the tables: no cell of it is folded
@@ -44,13 +45,6 @@ def print_summary(summary: Summary, console: Console) -> None:
     console.print(f"\n{summary.verdict.headline}", markup=False, highlight=False)
     for sentence in summary.verdict.sentences:
         console.print(f"- {sentence.text}", markup=False, highlight=False)
-
-
-def make_table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", header_style="bold")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
-    return table
 
 
 def _ttft(summary: Summary) -> Table:
@@ -192,13 +186,3 @@ def _gpus(summary: Summary) -> Table:
             fmt.number(row.memory_gb),
         )
     return table
-
-
-def add_row(table: Table, *cells: str) -> None:
-    """Cells as they are, brackets included."""
-    table.add_row(*map(_escape, cells))
-
-
-def _escape(text: str) -> str:
-    """Square brackets are markup to rich."""
-    return text.replace("[", "\\[")
