@@ -1,9 +1,12 @@
-"""Tables that the page and the terminal share."""
+"""Tables that the page and the terminal share say the same in both."""
 
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 
+import pytest
+
+from pdrelay.lab.report.tables import summary_tables
 from pdrelay.lab.table import Column, Table, page_table, terminal_table
 
 TABLE = Table(
@@ -29,6 +32,12 @@ def rows_of_terminal(table) -> list[list[str]]:
     return [[column.header for column in table.columns], *map(list, zip(*cells, strict=True))]
 
 
+def is_within(few: list[str], many: list[str]) -> bool:
+    """All of `few` are in `many`, in that order."""
+    rest = iter(many)
+    return all(each in rest for each in few)
+
+
 def test_each_place_has_its_columns_and_cells():
     assert rows_of_page(ET.fromstring(page_table(TABLE))) == [
         ["name", "ms", "n", "range"],
@@ -51,3 +60,19 @@ def test_text_stands_left_and_figures_right_in_both():
 
 def test_a_table_without_rows_is_not_on_the_page():
     assert page_table(Table(TABLE.columns, [])) == ""
+
+
+@pytest.mark.parametrize("index", range(1, 7))  # 0: TTFT, whose topologies go across
+def test_the_report_has_the_terminals_heads_and_rows(built, index):
+    """Traffic is one table in the terminal and one a workload on the page."""
+    heads, *rows = rows_of_terminal(summary_tables(built.summary)[index])
+    if "case" in heads:
+        at = heads.index("case")
+        for row in (heads, *rows):
+            del row[at]
+    _, _, page = built.report.read_text(encoding="utf-8").partition("\n")
+    tables = map(rows_of_page, ET.fromstring(page).iter("table"))
+    same = [shown for first, *shown in tables if is_within(heads, first)]
+    assert rows
+    assert sum(map(len, same)) == len(rows)
+    assert sorted(row[0] for shown in same for row in shown) == sorted(row[0] for row in rows)
