@@ -32,6 +32,16 @@ def estimate(figure: Estimate) -> str:
     return number(figure.value) + interval(figure)
 
 
+def known(figure: Estimate) -> str:
+    """`4.57 [4.50, 4.71]`; below the floor only the reason: of a percentile far out."""
+    return estimate(figure) if figure.known else figure.note
+
+
+def value(figure: Estimate) -> str:
+    """`4.57`; below the floor the reason."""
+    return number(figure.value) if figure.known else figure.note
+
+
 def interval(figure: Estimate) -> str:
     """` [lo, hi]`, or nothing."""
     if figure.lo is None or figure.hi is None:

@@ -2,42 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Generic, TypeVar
-
 from pdrelay.lab import fmt
 from pdrelay.lab.kv.figures import ServeRow, SideBySideRow, TransferRow
-
-Row = TypeVar("Row")
-
-
-@dataclass(frozen=True)
-class Column(Generic[Row]):
-    head: str
-    cell: Callable[[Row], str]
-    page_only: bool = False
-
+from pdrelay.lab.table import Column
 
 TRANSFERS: tuple[Column[TransferRow], ...] = (
-    Column("transport", lambda row: row.transport),
-    Column("pages", lambda row: str(row.block_size)),
-    Column("placement", lambda row: row.placement),
-    Column("tokens", lambda row: fmt.tokens(row.tokens), page_only=True),
-    Column("bytes", lambda row: fmt.num_bytes(row.num_bytes), page_only=True),
+    Column("transport", lambda row: row.transport, text=True),
+    Column("pages", lambda row: str(row.block_size), text=True),
+    Column("placement", lambda row: row.placement, text=True),
+    Column("tokens", lambda row: fmt.tokens(row.tokens), only="page"),
+    Column("bytes", lambda row: fmt.num_bytes(row.num_bytes), only="page"),
     Column("pieces", lambda row: fmt.number(row.num_pieces)),
     Column("a piece", lambda row: fmt.num_bytes(_piece_bytes(row))),
     Column("at once, ms", lambda row: fmt.estimate(row.bulk)),
-    Column("busy, ms", lambda row: fmt.estimate(row.busy), page_only=True),
+    Column("busy, ms", lambda row: fmt.estimate(row.busy), only="page"),
     Column("GB/s", lambda row: fmt.estimate(row.gb_per_s)),
     Column("of a plain copy", lambda row: fmt.share(row.copy_share)),
-    Column("layer by layer: left after, ms", lambda row: fmt.estimate(row.exposed), page_only=True),
+    Column("layer by layer: left after, ms", lambda row: fmt.estimate(row.exposed), only="page"),
     Column("computation longer by, ms", lambda row: fmt.estimate(row.added)),
     Column("of it alone", lambda row: fmt.times(row.slowed)),
 )
 
 SIDE_BY_SIDE: tuple[Column[SideBySideRow], ...] = (
-    Column("tokens", lambda row: fmt.tokens(row.tokens)),
+    Column("tokens", lambda row: fmt.tokens(row.tokens), text=True),
     Column("pairs", lambda row: str(row.prefill_ratio.n)),
     Column("prefill P/D, ms", lambda row: fmt.estimate(row.prefill)),
     Column("1 replica", lambda row: fmt.estimate(row.prefill_alone)),
@@ -48,8 +35,8 @@ SIDE_BY_SIDE: tuple[Column[SideBySideRow], ...] = (
 )
 
 SERVE: tuple[Column[ServeRow], ...] = (
-    Column("tokens", lambda row: fmt.tokens(row.tokens)),
-    Column("n", lambda row: f"{row.ttft.n} / {row.ttft_alone.n}", page_only=True),
+    Column("tokens", lambda row: fmt.tokens(row.tokens), text=True),
+    Column("n", lambda row: f"{row.ttft.n} / {row.ttft_alone.n}", only="page"),
     Column("TTFT P/D, ms", lambda row: fmt.estimate(row.ttft)),
     Column("TTFT 1 replica", lambda row: fmt.estimate(row.ttft_alone)),
     Column("ratio", lambda row: fmt.times(row.ttft_ratio)),
@@ -60,17 +47,9 @@ SERVE: tuple[Column[ServeRow], ...] = (
     Column("the same, 1 replica", lambda row: fmt.estimate(row.hand_over_alone)),
     Column("transfer busy, ms", lambda row: fmt.estimate(row.transfer_busy)),
     Column("after prefill, ms", lambda row: fmt.estimate(row.transfer_tail)),
-    Column("bytes", lambda row: fmt.num_bytes(row.num_bytes), page_only=True),
-    Column("pieces", lambda row: fmt.number(row.num_pieces), page_only=True),
+    Column("bytes", lambda row: fmt.num_bytes(row.num_bytes), only="page"),
+    Column("pieces", lambda row: fmt.number(row.num_pieces), only="page"),
 )
-
-
-def heads(columns: Sequence[Column[Row]]) -> list[str]:
-    return [column.head for column in columns]
-
-
-def cells(columns: Sequence[Column[Row]], row: Row) -> list[str]:
-    return [column.cell(row) for column in columns]
 
 
 def _piece_bytes(row: TransferRow) -> float | None:

@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from pdrelay.lab import fmt, plots
 from pdrelay.lab.blocks import empty, note, plot_row
 from pdrelay.lab.html import Markup, el, join, table
-from pdrelay.lab.kv.columns import SERVE, SIDE_BY_SIDE, TRANSFERS, cells, heads
+from pdrelay.lab.kv.columns import SERVE, SIDE_BY_SIDE, TRANSFERS
 from pdrelay.lab.kv.exercise import corrections
 from pdrelay.lab.kv.figures import KvSummary, LinkFigures, ServeRow, TransferRow
 from pdrelay.lab.report.sections.environment import environment_table
 from pdrelay.lab.stats import Estimate
+from pdrelay.lab.table import Table, page_table
 
 PLAIN_COPY = "plain copy"
 _COPY_COLOUR = 3
@@ -116,7 +117,7 @@ def transfers_section(summary: KvSummary) -> Markup:
                 "most 30 ms a prompt)."
             ),
             plot_row(*charts),
-            _transfers_table(summary),
+            page_table(Table(TRANSFERS, summary.transfers), "Medians with 95 % intervals."),
         ]
     )
 
@@ -167,11 +168,6 @@ def _pages_chart(summary: KvSummary) -> Markup:
     return plots.bar_chart(title, groups, y_label="GB/s")
 
 
-def _transfers_table(summary: KvSummary) -> Markup:
-    rows = [cells(TRANSFERS, row) for row in summary.transfers]
-    return table(heads(TRANSFERS), rows, text_columns=3, caption="Medians with 95 % intervals.")
-
-
 # ---- servers
 
 
@@ -179,7 +175,6 @@ def side_by_side_section(summary: KvSummary) -> Markup:
     """How much slower a prefill is that hands its KV over."""
     if not summary.side_by_side:
         return empty("No servers ran side by side in this run.")
-    rows = [cells(SIDE_BY_SIDE, row) for row in summary.side_by_side]
     return join(
         [
             note(
@@ -188,7 +183,7 @@ def side_by_side_section(summary: KvSummary) -> Markup:
                 "runs. Prefill: from its first chunk's launch to its last chunk's end, as the "
                 "ranks saw it. Ratio: median over the pairs, so that drift cancels."
             ),
-            table(heads(SIDE_BY_SIDE), rows, caption="Medians with 95 % intervals."),
+            page_table(Table(SIDE_BY_SIDE, summary.side_by_side), "Medians with 95 % intervals."),
         ]
     )
 
@@ -206,7 +201,6 @@ def serve_section(summary: KvSummary) -> Markup:
         ("transfer after prefill's end", 2, lambda row: row.transfer_tail),
     )
     ttft, parts = _serve_series(summary, picks), _serve_series(summary, exposed)
-    rows = [cells(SERVE, row) for row in summary.serve]
     return join(
         [
             note(
@@ -219,7 +213,7 @@ def serve_section(summary: KvSummary) -> Markup:
                 _by_length("TTFT p50, ms (log)", ttft, "ms (log)", log_y=True),
                 _by_length("What is exposed, p50, ms", parts, "ms"),
             ),
-            table(heads(SERVE), rows, caption="Medians with 95 % intervals."),
+            page_table(Table(SERVE, summary.serve), "Medians with 95 % intervals."),
             *(note(text) for text in summary.serve_notes),
         ]
     )

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from rich.console import Console
 
 from pdrelay.lab import fmt
-from pdrelay.lab.kv.columns import SERVE, SIDE_BY_SIDE, TRANSFERS, Column, Row, cells, heads
+from pdrelay.lab.kv.columns import SERVE, SIDE_BY_SIDE, TRANSFERS
 from pdrelay.lab.kv.figures import KvSummary, TransferRow
 from pdrelay.lab.kv.sections import model_name, sources, span, transports, warnings
-from pdrelay.lab.report.tables import add_row, make_table
+from pdrelay.lab.table import Table, add_row, make_table, terminal_table
 
 
 def print_kv_summary(summary: KvSummary, console: Console) -> None:
@@ -65,27 +63,18 @@ def _select(summary: KvSummary, block_size: int, placement: str) -> list[Transfe
 def _pages(summary: KvSummary, console: Console) -> None:
     longest = max(row.tokens for row in summary.transfers)
     rows = [row for row in summary.transfers if row.tokens == longest]
-    _print(console, f"{longest:,} tokens by page size and placement", TRANSFERS, rows)
+    title = f"{longest:,} tokens by page size and placement"
+    console.print(terminal_table(title, Table(TRANSFERS, rows)))
 
 
 def _side_by_side(summary: KvSummary, console: Console) -> None:
     title = "Prefill slowed by the hand-over: P/D 1:1 and 1 replica side by side, medians"
-    _print(console, title, SIDE_BY_SIDE, summary.side_by_side)
+    console.print(terminal_table(title, Table(SIDE_BY_SIDE, summary.side_by_side)))
 
 
 def _serve(summary: KvSummary, console: Console) -> None:
     title = "Real servers: P/D 1:1 beside 1 replica, medians"
-    _print(console, title, SERVE, summary.serve)
-
-
-def _print(
-    console: Console, title: str, columns: Sequence[Column[Row]], rows: Sequence[Row]
-) -> None:
-    shown = [column for column in columns if not column.page_only]
-    table = make_table(title, *heads(shown))
-    for row in rows:
-        add_row(table, *cells(shown, row))
-    console.print(table)
+    console.print(terminal_table(title, Table(SERVE, summary.serve)))
 
 
 def _crossovers(summary: KvSummary, console: Console) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from pdrelay.lab.plan import PlannedServer
-from pdrelay.lab.report.tables import add_row, make_table
 from pdrelay.lab.scale import Scale
+from pdrelay.lab.table import add_row, make_table
 
 
 def print_plan(planned: Sequence[PlannedServer], scale: Scale, console: Console) -> None:

@@ -8,8 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from pdrelay.lab import fmt
+from pdrelay.lab.report import columns
 from pdrelay.lab.report.figures import Summary
-from pdrelay.lab.report.sections.queue import HEAD, queue_cells
+from pdrelay.lab.table import add_row, make_table, terminal_table
 
 FILE_WIDTH = 160  # columns, where the output is no terminal
 _WIDEST = 1000  # of a file with the tables: no cell of it is folded
@@ -31,8 +32,7 @@ def summary_text(summary: Summary) -> str:
 
 def print_summary(summary: Summary, console: Console) -> None:
     """Verdict and one table an experiment."""
-    makers = (_ttft, _traffic, _queues, _interference, _shapes, _streams, _gpus)
-    for table in (make(summary) for make in makers):
+    for table in summary_tables(summary):
         if table.row_count:
             console.print(table)
     errors = [flag for flag in summary.flags if flag.severity == "error"]
@@ -46,11 +46,18 @@ def print_summary(summary: Summary, console: Console) -> None:
         console.print(f"- {sentence.text}", markup=False, highlight=False)
 
 
-def make_table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", header_style="bold")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
-    return table
+def summary_tables(summary: Summary) -> tuple[Table, ...]:
+    return (
+        _ttft(summary),
+        terminal_table("2 traffic", columns.traffic(summary, summary.traffic)),
+        terminal_table("2 traffic, one size: TTFT beside a queue's, ms", columns.queues(summary)),
+        terminal_table("3 interference: ITL of running streams, ms", columns.interference(summary)),
+        terminal_table("4 shapes", columns.shapes(summary)),
+        terminal_table("4 shapes, many streams at once", columns.streams(summary)),
+        terminal_table(
+            "GPUs: means over an experiment (while the instance works)", columns.gpus(summary)
+        ),
+    )
 
 
 def _ttft(summary: Summary) -> Table:
@@ -67,138 +74,3 @@ def _ttft(summary: Summary) -> Table:
         texts = (fmt.NONE if figure is None else fmt.estimate(figure) for figure in figures)
         add_row(table, f"{length:,} {condition}", *texts)
     return table
-
-
-def _traffic(summary: Summary) -> Table:
-    table = make_table(
-        "2 traffic",
-        "topology",
-        "case",
-        "req/s",
-        "TTFT p50, ms",
-        "TTFT p99",
-        "ITL p50",
-        "ITL p99",
-        "within SLO",
-        "goodput/GPU",
-        "sustained",
-    )
-    for row in summary.traffic:
-        cells = (
-            summary.label(row.topology),
-            row.case,
-            fmt.number(row.rate),
-            fmt.estimate(row.ttft),
-            fmt.number(row.ttft_p99.value) if row.ttft_p99.known else row.ttft_p99.note,
-            fmt.number(row.itl.value) if row.itl.known else row.itl.note,
-            fmt.number(row.itl_p99.value) if row.itl_p99.known else row.itl_p99.note,
-            fmt.share(row.attainment),
-            fmt.estimate(row.goodput),
-            "yes" if row.sustained else "no",
-        )
-        add_row(table, *cells)
-    return table
-
-
-def _queues(summary: Summary) -> Table:
-    table = make_table("2 traffic, one size: TTFT beside a queue's, ms", *HEAD)
-    for row in summary.queues:
-        add_row(table, *queue_cells(summary, row))
-    return table
-
-
-def _interference(summary: Summary) -> Table:
-    table = make_table(
-        "3 interference: ITL of running streams, ms",
-        "topology",
-        "quiet p50",
-        "busy p50",
-        "busy p99",
-        "worst gap",
-        "busy p99 / quiet p50",
-        "stalled time",
-        "long TTFT p50",
-    )
-    for row in summary.interference:
-        least = "" if row.factor_percentile in (99.0, None) else "≥ "
-        cells = (
-            summary.label(row.topology),
-            fmt.estimate(row.quiet.p50),
-            fmt.estimate(row.busy.p50),
-            fmt.estimate(row.busy.p99) if row.busy.p99.known else row.busy.p99.note,
-            fmt.number(row.busy.worst),
-            f"{least}{fmt.number(row.factor)}×" if row.factor else fmt.NONE,
-            fmt.share(row.stalled),
-            fmt.estimate(row.long_ttft),
-        )
-        add_row(table, *cells)
-    return table
-
-
-def _shapes(summary: Summary) -> Table:
-    table = make_table(
-        "4 shapes", "shape", "topology", "TTFT p50, ms", "ITL p50", "E2E p50", "tok/s"
-    )
-    for case in dict.fromkeys(row.case for row in summary.shapes):
-        for row in (row for row in summary.shapes if row.case == case):
-            cells = (
-                f"{case} {row.input_len}/{row.output_len}",
-                summary.label(row.topology),
-                fmt.estimate(row.ttft),
-                fmt.estimate(row.itl),
-                fmt.estimate(row.e2e),
-                fmt.estimate(row.output_rate),
-            )
-            add_row(table, *cells)
-    return table
-
-
-def _streams(summary: Summary) -> Table:
-    table = make_table(
-        "4 shapes, many streams at once",
-        *("topology", "streams", "in/out", "ITL p50, ms", "ITL p99", "hand-over", "tok/s"),
-    )
-    for row in summary.streams:
-        cells = (
-            summary.label(row.topology),
-            str(row.num_streams),
-            f"{row.input_len}/{row.output_len}",
-            fmt.estimate(row.itl),
-            fmt.number(row.itl_p99.value) if row.itl_p99.known else row.itl_p99.note,
-            fmt.estimate(row.hand_over),
-            fmt.estimate(row.output_rate),
-        )
-        add_row(table, *cells)
-    return table
-
-
-def _gpus(summary: Summary) -> Table:
-    table = make_table(
-        "GPUs: means over an experiment (while the instance works)",
-        *("topology", "experiment", "instance", "SMs busy", "tensor cores", "DRAM, TB/s"),
-        *("of peak", "NVLink out / in, GB/s", "memory, GB"),
-    )
-    for row in summary.gpu.rows:
-        add_row(
-            table,
-            summary.label(row.topology),
-            row.experiment,
-            row.instance,
-            f"{fmt.percent(row.sm)} ({fmt.percent(row.working_sm)})",
-            fmt.percent(row.tensor),
-            f"{fmt.number(row.dram_tb_per_s)} ({fmt.number(row.working_dram_tb_per_s)})",
-            fmt.percent(row.dram),
-            f"{fmt.number(row.nvlink_tx_gb_per_s)} / {fmt.number(row.nvlink_rx_gb_per_s)}",
-            fmt.number(row.memory_gb),
-        )
-    return table
-
-
-def add_row(table: Table, *cells: str) -> None:
-    """Cells as they are, brackets included."""
-    table.add_row(*map(_escape, cells))
-
-
-def _escape(text: str) -> str:
-    """Square brackets are markup to rich."""
-    return text.replace("[", "\\[")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pdrelay.lab import fmt, plots
 from pdrelay.lab.blocks import empty, note, plot_row
-from pdrelay.lab.html import Markup, el, join, table
+from pdrelay.lab.html import Markup, el, join
+from pdrelay.lab.report import columns
 from pdrelay.lab.report.figures import GpuRow, GpuTrack, Summary
 from pdrelay.lab.report.sections.common import EXPERIMENT_TITLES
+from pdrelay.lab.table import page_table
 
 
 def gpu_section(summary: Summary) -> Markup:
@@ -25,7 +27,7 @@ def gpu_section(summary: Summary) -> Markup:
                 + "."
             ),
             plot_row(*_charts(summary)),
-            _table(summary),
+            page_table(columns.gpus(summary), headline(gpu.rows)),
             el("ul", *(el("li", text) for text in _devices(summary))),
         ]
     )
@@ -70,36 +72,6 @@ def _curves(track: GpuTrack, index: int) -> list[plots.Curve]:
         plots.Curve(name, index, sms),
         plots.Curve(f"{name}, DRAM", index, dram, dashed=True),
     ]
-
-
-def _table(summary: Summary) -> Markup:
-    head = ["topology", "experiment", "instance", "GPU", "n", "SMs busy", "tensor cores"]
-    head += ["DRAM, TB/s", "of peak", "most", "NVLink out / in, GB/s", "plain utilisation"]
-    head += ["memory, GB", "power, W", "n at work", "SMs at work", "DRAM at work, TB/s", "of peak"]
-    rows = [
-        [
-            summary.label(row.topology),
-            EXPERIMENT_TITLES.get(row.experiment, row.experiment),
-            row.instance,
-            ", ".join(map(str, row.gpus)),
-            row.n,
-            fmt.percent(row.sm),
-            fmt.percent(row.tensor),
-            fmt.number(row.dram_tb_per_s),
-            fmt.percent(row.dram),
-            fmt.number(row.dram_tb_per_s_max),
-            f"{fmt.number(row.nvlink_tx_gb_per_s)} / {fmt.number(row.nvlink_rx_gb_per_s)}",
-            fmt.percent(row.utilization),
-            fmt.number(row.memory_gb),
-            fmt.number(row.power_w),
-            row.working_n,
-            fmt.percent(row.working_sm),
-            fmt.number(row.working_dram_tb_per_s),
-            fmt.percent(row.working_dram),
-        ]
-        for row in summary.gpu.rows
-    ]
-    return table(head, rows, text_columns=4, caption=headline(summary.gpu.rows))
 
 
 def headline(rows: list[GpuRow]) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from pdrelay.lab import fmt, plots
+from pdrelay.lab import plots
 from pdrelay.lab.blocks import note, plot_row
-from pdrelay.lab.html import Markup, join, table
+from pdrelay.lab.html import Markup, join
+from pdrelay.lab.report import columns
 from pdrelay.lab.report.figures import (
     STALL,
     Distribution,
@@ -13,6 +14,7 @@ from pdrelay.lab.report.figures import (
 )
 from pdrelay.lab.report.sections.common import colours, unmeasured
 from pdrelay.lab.stats import Estimate
+from pdrelay.lab.table import page_table
 
 
 def interference_section(summary: Summary) -> Markup:
@@ -66,41 +68,8 @@ def _plain(value: float | None) -> Estimate:
 
 
 def _interference_table(summary: Summary) -> Markup:
-    rows = []
-    for row in summary.interference:
-        least = "" if row.factor_percentile in (99.0, None) else "≥ "
-        rows.append(
-            [
-                summary.label(row.topology),
-                row.quiet.n,
-                fmt.estimate(row.quiet.p50),
-                fmt.estimate(row.quiet.p99) if row.quiet.p99.known else row.quiet.p99.note,
-                row.busy.n,
-                fmt.estimate(row.busy.p50),
-                fmt.estimate(row.busy.p99) if row.busy.p99.known else row.busy.p99.note,
-                fmt.number(row.busy.worst),
-                f"{least}{fmt.number(row.factor)}×" if row.factor else fmt.NONE,
-                fmt.share(row.stalled),
-                fmt.estimate(row.period.p99) if row.period.p99.known else row.period.p99.note,
-                fmt.estimate(row.long_ttft),
-            ]
-        )
-    return table(
-        [
-            "topology",
-            "quiet gaps",
-            "quiet p50, ms",
-            "p99",
-            "busy gaps",
-            "busy p50, ms",
-            "p99",
-            "worst gap",
-            "busy p99 / quiet p50",
-            "stalled time",
-            "period p99",
-            "long prompt's TTFT p50",
-        ],
-        rows,
+    return page_table(
+        columns.interference(summary),
         caption="ITL of the running streams, ms. “≥”: too few busy gaps for a p99, so the highest "
         "percentile that the sample allows stands in for it from below. Stalled: share of the "
         f"streams' busy time in gaps over {STALL:g}× the quiet median, which a percentile of gaps "

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pdrelay.lab import fmt, plots
+from pdrelay.lab import plots
 from pdrelay.lab.blocks import plot_row
-from pdrelay.lab.html import Markup, join, table
+from pdrelay.lab.html import Markup, join
+from pdrelay.lab.report import columns
 from pdrelay.lab.report.figures import Summary
 from pdrelay.lab.report.sections.common import colours, unmeasured
 from pdrelay.lab.report.sections.streams import streams_table
 from pdrelay.lab.stats import Estimate
+from pdrelay.lab.table import page_table
 
 
 def shapes_section(summary: Summary) -> Markup:
@@ -42,29 +44,4 @@ def shapes_section(summary: Summary) -> Markup:
         )
         for title, pick in picks
     ]
-    rows = [
-        [
-            f"{row.case} ({row.input_len:,}/{row.output_len:,})",
-            summary.label(row.topology),
-            row.ttft.n,
-            fmt.number(row.rate),
-            fmt.estimate(row.ttft),
-            fmt.estimate(row.itl),
-            fmt.estimate(row.e2e),
-            fmt.estimate(row.output_rate),
-        ]
-        for case in cases
-        for row in summary.shapes
-        if row.case == case
-    ]
-    head = [
-        "shape (in/out)",
-        "topology",
-        "n",
-        "req/s",
-        "TTFT p50, ms",
-        "ITL p50",
-        "E2E p50",
-        "tok/s",
-    ]
-    return join([plot_row(*charts), table(head, rows, text_columns=2), streams_table(summary)])
+    return join([plot_row(*charts), page_table(columns.shapes(summary)), streams_table(summary)])

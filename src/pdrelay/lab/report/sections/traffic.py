@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 from pdrelay.lab import fmt, plots
 from pdrelay.lab.blocks import note, plot_row
-from pdrelay.lab.html import Markup, join, table
+from pdrelay.lab.html import Markup, join
+from pdrelay.lab.report import columns
 from pdrelay.lab.report.figures import (
     Summary,
     TrafficKind,
@@ -15,6 +16,7 @@ from pdrelay.lab.report.figures import (
 from pdrelay.lab.report.sections.common import colours, slo_text, unmeasured
 from pdrelay.lab.report.sections.queue import queue_table
 from pdrelay.lab.stats import Estimate
+from pdrelay.lab.table import page_table
 
 
 def traffic_section(summary: Summary) -> Markup:
@@ -40,7 +42,7 @@ def traffic_section(summary: Summary) -> Markup:
         [
             note(f"{basis}Service level: {slo_text(summary)}."),
             plot_row(*charts) if rated else "",
-            _traffic_table(summary, rated, "Poisson arrivals, chat-like lengths") if rated else "",
+            _traffic_table(summary, rated, "Poisson arrivals, chat-like lengths"),
             *(
                 _traffic_table(summary, rows, f"Trace: {workload}")
                 for workload, rows in _by_workload(summary, "trace").items()
@@ -90,41 +92,4 @@ def _rate_chart(
 
 
 def _traffic_table(summary: Summary, rows: Sequence[TrafficRow], caption: str) -> Markup:
-    return table(
-        [
-            "topology",
-            "req/s",
-            "n",
-            "TTFT p50, ms",
-            "p90",
-            "p99",
-            "ITL p50, ms",
-            "p99",
-            "TPOT p50",
-            "within SLO",
-            "goodput, req/s/GPU",
-            "completed, req/s",
-            "tok/s",
-            "sustained",
-        ],
-        [
-            [
-                summary.label(row.topology),
-                fmt.number(row.rate),
-                f"{row.num_requests}" + (f" ({row.num_failed} failed)" if row.num_failed else ""),
-                fmt.estimate(row.ttft),
-                fmt.estimate(row.ttft_p90) if row.ttft_p90.known else row.ttft_p90.note,
-                fmt.estimate(row.ttft_p99) if row.ttft_p99.known else row.ttft_p99.note,
-                fmt.estimate(row.itl),
-                fmt.estimate(row.itl_p99) if row.itl_p99.known else row.itl_p99.note,
-                fmt.estimate(row.tpot),
-                fmt.share(row.attainment),
-                fmt.estimate(row.goodput),
-                fmt.estimate(row.completed_rate),
-                fmt.estimate(row.output_rate),
-                "yes" if row.sustained else "no",
-            ]
-            for row in rows
-        ],
-        caption=caption,
-    )
+    return page_table(columns.traffic(summary, rows), caption)

@@ -67,7 +67,7 @@ def _ttft_table(summary: Summary, condition: str, words: str) -> Markup:
                 fmt.tokens(row.input_len),
                 row.ttft.n,
                 fmt.estimate(row.ttft),
-                fmt.estimate(row.ttft_p90) if row.ttft_p90.known else row.ttft_p90.note,
+                fmt.known(row.ttft_p90),
                 fmt.estimate(row.ttst),
                 fmt.estimate(row.hand_over),
             ]
