@@ -44,6 +44,7 @@ from pdrelay.core.request import Request
 from pdrelay.core.scheduler import Chunk, Scheduler, StepPlan
 from pdrelay.engine.outbox import Outbox
 from pdrelay.engine.slot_wait import SlotWait
+from pdrelay.engine.step import RemoteSlots
 from pdrelay.errors import (
     DeadlineError,
     ProtocolError,
@@ -83,35 +84,29 @@ class Closing:
     """A request given up while its stores are not over: what to tell the consumer then."""
 
     copying: bool  # until the link says Stopped
-    steps: list[FusedStep]  # launched steps that store for it
+    hand_over: HandOver  # launched steps may store for it
     messages: list[Cancel | Closed] = field(default_factory=list)
 
     @property
     def over(self) -> bool:
-        return not self.copying and all(step.complete for step in self.steps)
+        return not self.copying and not self.hand_over.storing
 
 
 @dataclass
 class FusedStep:
-    """What one launched step stores into one consumer's pages."""
+    """What one step stores into one consumer's pages."""
 
     peer: Peer
     start_ns: int
     stores: list[tuple[Outgoing, Fused]]
-    complete: bool = False
-
-    def stores_for(self, outgoing: Outgoing) -> bool:
-        return any(other is outgoing for other, _ in self.stores)
 
 
-@dataclass(frozen=True)
-class RemoteSlots:
-    """`tensor`: the peer's pool, as the transport maps it (`RemotePool.tensor`). `slots`: int64
-    [T] in host memory, a row of the flat batch each: block * block_size + offset in that pool;
-    -1: not for this peer."""
+@dataclass
+class BegunStep:
+    """A step that is launched and not read."""
 
-    tensor: Any
-    slots: npt.NDArray[np.int64]
+    fused: FusedStep | None
+    given_up: list[Request] = field(default_factory=list)  # while it was the newest; freed with it
 
 
 @dataclass
@@ -170,11 +165,8 @@ class Producer:
         self._block_size = scheduler.config.block_size
         self._peers: dict[str, Peer] = {}  # by address
         self._outgoing: dict[str, Outgoing] = {}
-        self._next_step: FusedStep | None = None  # of the step that begins next
-        self._steps: deque[FusedStep | None] = deque()  # begun and not complete
-        self._num_begun = self._num_ended = 0  # steps
-        # Given up while steps compute on their blocks: (`_num_ended` that frees them, request).
-        self._to_finish: deque[tuple[int, Request]] = deque()
+        self._fused: FusedStep | None = None  # of the step that begins next
+        self._steps: deque[BegunStep] = deque()
         self._leaving: dict[str, ProducerLink] = {}  # closed, by address
         self.bytes_sent = 0
         self.failures = 0
@@ -268,7 +260,7 @@ class Producer:
     def remote_store(self, plan: StepPlan) -> RemoteSlots | None:
         """Which consumer's pages the plan's step shall store into, too: of the one to which most
         of its rows go. What is not stored so is copied. Claims the rows: the step must follow."""
-        assert self._next_step is None
+        assert self._fused is None
         stores = [store for store in self._reachable(plan) if store[0].hand_over.slots_known]
         peer = self._busiest(stores)
         if peer is None:
@@ -280,7 +272,7 @@ class Producer:
                 self._fuse(step, outgoing, chunk, slots, self._row_of(plan, chunk))
         if not step.stores:
             return None
-        self._next_step = step
+        self._fused = step
         assert peer.link is not None and peer.link.remote_pool is not None
         return RemoteSlots(peer.link.remote_pool.tensor, slots)
 
@@ -330,32 +322,29 @@ class Producer:
 
     def begin_step(self) -> None:
         """Until `end_step`, requests that are given up keep their blocks: the step uses them."""
-        self._steps.append(self._next_step)
-        self._next_step = None
-        self._num_begun += 1
+        self._steps.append(BegunStep(self._fused))
+        self._fused = None
 
     def end_step(self) -> None:
         step = self._steps.popleft()
-        if step is not None:
-            step.complete = True
-            for outgoing, fused in step.stores:
-                self._stored(outgoing, fused, step)
-            self._tell_closed(step.peer)
-        self._num_ended += 1
-        while self._to_finish and self._to_finish[0][0] <= self._num_ended:
-            self._scheduler.finish(self._to_finish.popleft()[1])
+        if step.fused is not None:
+            for outgoing, fused in step.fused.stores:
+                self._stored(outgoing, fused, step.fused.start_ns)
+            self._tell_closed(step.fused.peer)
+        for request in step.given_up:
+            self._scheduler.finish(request)
 
-    def _stored(self, outgoing: Outgoing, fused: Fused, step: FusedStep) -> None:
-        """The step's stores for one request are complete."""
+    def _stored(self, outgoing: Outgoing, fused: Fused, start_ns: int) -> None:
+        """A step's stores for one request, which may be given up meanwhile, are complete."""
         request_id = outgoing.request.request_id
         link = outgoing.peer.link
+        outgoing.hand_over.stored()
         if self._outgoing.get(request_id) is not outgoing or link is None:
             return
         num_layers = self._num_layers
-        outgoing.hand_over.stored()
         try:
             self._begin(outgoing, link)
-            link.stored(request_id, len(fused.blocks) * num_layers, num_layers, step.start_ns)
+            link.stored(request_id, len(fused.blocks) * num_layers, num_layers, start_ns)
         except TransportError as error:
             self._fail(outgoing, WorkerLostError(f"KV hand-over failed: {error}"))
             return
@@ -607,14 +596,13 @@ class Producer:
         copying = False
         if peer.link is not None and outgoing.begun:
             copying = not peer.link.abort(request_id)
-        steps = [step for step in self._steps if step is not None and step.stores_for(outgoing)]
-        closing = Closing(copying, steps)
+        closing = Closing(copying, outgoing.hand_over)
         if not closing.over:
             peer.closing[request_id] = closing
         if cancel is not None:
             self._tell(peer, Cancel(request_id, cancel))
         if self._steps:
-            self._to_finish.append((self._num_begun, outgoing.request))
+            self._steps[-1].given_up.append(outgoing.request)
         else:
             self._scheduler.finish(outgoing.request)
 
