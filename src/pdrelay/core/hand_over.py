@@ -40,6 +40,7 @@ class HandOver:
 
     def __init__(self, num_layers: int, num_blocks: int, *, needs_slots: bool) -> None:
         assert num_layers > 0 and num_blocks > 0
+        self.num_layers = num_layers
         self.num_blocks = num_blocks
         self.first_block: int | None = None  # None until the consumer reserved
         self.dst_blocks: list[int] = []  # of request blocks first_block ..
