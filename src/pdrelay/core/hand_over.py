@@ -40,6 +40,7 @@ class HandOver:
 
     def __init__(self, num_layers: int, num_blocks: int, *, needs_slots: bool) -> None:
         assert num_layers > 0 and num_blocks > 0
+        self.num_layers = num_layers
         self.num_blocks = num_blocks
         self.first_block: int | None = None  # None until the consumer reserved
         self.dst_blocks: list[int] = []  # of request blocks first_block ..
@@ -115,6 +116,11 @@ class HandOver:
         assert self._num_storing > 0
         self._num_storing -= 1
 
+    @property
+    def storing(self) -> bool:
+        """Whether the step of some `fuse` is not complete."""
+        return self._num_storing > 0
+
     def slots(self, fused: Fused, block_size: int) -> npt.NDArray[np.int64]:
         """The consumer's slots for the fused tokens: int64 [stop - start]."""
         assert self.first_block is not None
@@ -151,7 +157,7 @@ class HandOver:
     @property
     def all_sent(self) -> bool:
         """Every page was given to the transport or is stored."""
-        return not self._num_storing and all(sent == self.num_blocks for sent in self._sent)
+        return not self.storing and all(sent == self.num_blocks for sent in self._sent)
 
     def destinations(self, piece: Piece) -> list[int]:
         """The consumer's blocks for `piece`; empty where the transport needs none."""

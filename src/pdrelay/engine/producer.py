@@ -1,5 +1,9 @@
 """The producer's side of P/D: sends prompts' KV to consumers while prefill computes it.
 
+It knows every request on its way (`outgoing.py`: what one asks of its link), every consumer
+(`peer.py`: what one is told, and when), and the steps in flight (`fused_step.py`: what their
+kernels store). News of any of them comes here and goes to the others.
+
 On accelerators nothing that stores into a consumer's pages is over when the call that launched it
 returns. What tells the consumer that it may reuse promised blocks (Commit, Closed, Cancel) is
 therefore held back until every store of the request is complete: copies, by the transport's news
@@ -18,116 +22,32 @@ The loop's calls, in this order for each step, and each of them once a step:
 from __future__ import annotations
 
 import contextlib
-import socket
 from collections import deque
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
-
-import numpy as np
-import numpy.typing as npt
 
 from pdrelay.core.channel import Channel
 from pdrelay.core.clock import Clock
 from pdrelay.core.hand_over import Fused, HandOver, Piece
-from pdrelay.core.messages import (
-    Cancel,
-    Closed,
-    Commit,
-    PeerHello,
-    PeerIntro,
-    PeerMessage,
-    Prefill,
-    Reserve,
-)
+from pdrelay.core.messages import Cancel, Closed, PeerHello, PeerMessage, Prefill, Reserve
 from pdrelay.core.request import Request
-from pdrelay.core.scheduler import Chunk, Scheduler, StepPlan
+from pdrelay.core.scheduler import Scheduler, StepPlan
+from pdrelay.engine.fused_step import FusedStep, busiest, fuse, reachable
 from pdrelay.engine.outbox import Outbox
+from pdrelay.engine.outgoing import Checksum, Outgoing
+from pdrelay.engine.peer import Peer, connect
 from pdrelay.engine.slot_wait import SlotWait
-from pdrelay.errors import (
-    DeadlineError,
-    ProtocolError,
-    RequestError,
-    TransportError,
-    WorkerLostError,
-)
-from pdrelay.transport.base import (
-    Descriptor,
-    ProducerLink,
-    Sent,
-    Stopped,
-    TransferFailed,
-    TransferReport,
-    Transport,
-)
-
-Checksum = Callable[[list[int]], int]
+from pdrelay.engine.step import RemoteSlots
+from pdrelay.errors import DeadlineError, RequestError, TransportError, WorkerLostError
+from pdrelay.transport.base import ProducerLink, Sent, Stopped, TransferFailed, Transport
 
 
 @dataclass
-class Peer:
-    """One consumer incarnation. `link` stands once its PeerHello is in."""
+class BegunStep:
+    """A step that is launched and not read."""
 
-    instance: str
-    address: str
-    channel: Channel[PeerMessage]
-    link: ProducerLink | None = None
-    early: dict[str, Reserve] = field(default_factory=dict)  # before the front door's Prefill
-    closing: dict[str, Closing] = field(default_factory=dict)
-    refusal: str = ""  # why the transport cannot reach it
-    punctual: bool = True  # its last promise was in time, so the next is worth waiting for
-
-
-@dataclass
-class Closing:
-    """A request given up while its stores are not over: what to tell the consumer then."""
-
-    copying: bool  # until the link says Stopped
-    steps: list[FusedStep]  # launched steps that store for it
-    messages: list[Cancel | Closed] = field(default_factory=list)
-
-    @property
-    def over(self) -> bool:
-        return not self.copying and all(step.complete for step in self.steps)
-
-
-@dataclass
-class FusedStep:
-    """What one launched step stores into one consumer's pages."""
-
-    peer: Peer
-    start_ns: int
-    stores: list[tuple[Outgoing, Fused]]
-    complete: bool = False
-
-    def stores_for(self, outgoing: Outgoing) -> bool:
-        return any(other is outgoing for other, _ in self.stores)
-
-
-@dataclass(frozen=True)
-class RemoteSlots:
-    """`tensor`: the peer's pool, as the transport maps it (`RemotePool.tensor`). `slots`: int64
-    [T] in host memory, a row of the flat batch each: block * block_size + offset in that pool;
-    -1: not for this peer."""
-
-    tensor: Any
-    slots: npt.NDArray[np.int64]
-
-
-@dataclass
-class Outgoing:
-    """One request on its way to a consumer."""
-
-    request: Request
-    peer: Peer
-    hand_over: HandOver
-    begun: bool = False
-    finished: bool = False  # no further send
-    report: TransferReport | None = None  # all bytes have left
-    first_token: int | None = None
-    deadline_ns: int | None = None  # set once prefill is done
-    table: list[int] = field(default_factory=list)  # `request.block_table` as last seen
-    slots_due_ns: int | None = None  # until when its first step may wait for slots; None: no step
+    fused: FusedStep | None
+    given_up: list[Request] = field(default_factory=list)  # while it was the newest; freed with it
 
 
 class PoolListener(Protocol):
@@ -170,11 +90,8 @@ class Producer:
         self._block_size = scheduler.config.block_size
         self._peers: dict[str, Peer] = {}  # by address
         self._outgoing: dict[str, Outgoing] = {}
-        self._next_step: FusedStep | None = None  # of the step that begins next
-        self._steps: deque[FusedStep | None] = deque()  # begun and not complete
-        self._num_begun = self._num_ended = 0  # steps
-        # Given up while steps compute on their blocks: (`_num_ended` that frees them, request).
-        self._to_finish: deque[tuple[int, Request]] = deque()
+        self._fused: FusedStep | None = None  # of the step that begins next
+        self._steps: deque[BegunStep] = deque()
         self._leaving: dict[str, ProducerLink] = {}  # closed, by address
         self.bytes_sent = 0
         self.failures = 0
@@ -208,11 +125,11 @@ class Producer:
         hand_over = HandOver(
             self._num_layers, num_blocks, needs_slots=self._transport.capabilities.needs_slots
         )
-        outgoing = Outgoing(request, peer, hand_over)
+        outgoing = Outgoing(request, peer, hand_over, self._block_size)
         self._outgoing[request.request_id] = outgoing
         self._scheduler.add(request)
         if peer.link is not None:
-            self._link_ready(outgoing)
+            self._send(outgoing, outgoing.link_ready())
         early = peer.early.pop(request.request_id, None)
         if early is not None:
             self._set_slots(outgoing, early)
@@ -239,8 +156,8 @@ class Producer:
         """Give the consumer of most rows `SLOT_WAIT_NS` to say where the prompts that begin in
         this step go. `idle`: no step is in flight; otherwise, and for a consumer that was late
         last time, nothing is waited for."""
-        stores = self._reachable(plan)
-        peer = self._busiest(stores)
+        stores = reachable(plan, self._outgoing)
+        peer = busiest(stores)
         if peer is None:
             return
         due_ns = self._slot_wait.due_ns()
@@ -263,103 +180,41 @@ class Producer:
 
     def _lacks_slots(self, outgoing: Outgoing) -> bool:
         known = outgoing.hand_over.slots_known
-        return not known and self._outgoing.get(outgoing.request.request_id) is outgoing
+        return not known and self._outgoing.get(outgoing.request_id) is outgoing
 
     def remote_store(self, plan: StepPlan) -> RemoteSlots | None:
         """Which consumer's pages the plan's step shall store into, too: of the one to which most
         of its rows go. What is not stored so is copied. Claims the rows: the step must follow."""
-        assert self._next_step is None
-        stores = [store for store in self._reachable(plan) if store[0].hand_over.slots_known]
-        peer = self._busiest(stores)
-        if peer is None:
-            return None
-        slots = np.full(sum(chunk.length for chunk in plan.chunks), -1, np.int64)
-        step = FusedStep(peer, self._clock(), [])
-        for outgoing, chunk in stores:
-            if outgoing.peer is peer:
-                self._fuse(step, outgoing, chunk, slots, self._row_of(plan, chunk))
-        if not step.stores:
-            return None
-        self._next_step = step
-        assert peer.link is not None and peer.link.remote_pool is not None
-        return RemoteSlots(peer.link.remote_pool.tensor, slots)
-
-    def _reachable(self, plan: StepPlan) -> list[tuple[Outgoing, Chunk]]:
-        """Chunks of requests whose consumers have a pool that kernels reach."""
-        found = []
-        for chunk in plan.chunks:
-            outgoing = self._outgoing.get(chunk.request.request_id)
-            link = None if outgoing is None else outgoing.peer.link
-            if outgoing is not None and link is not None and link.remote_pool is not None:
-                found.append((outgoing, chunk))
-        return found
-
-    def _busiest(self, stores: Sequence[tuple[Outgoing, Chunk]]) -> Peer | None:
-        """To which most rows go."""
-        rows: dict[str, int] = {}  # by peer address
-        for outgoing, chunk in stores:
-            rows[outgoing.peer.address] = rows.get(outgoing.peer.address, 0) + chunk.length
-        return self._peers[max(rows, key=lambda address: rows[address])] if rows else None
-
-    @staticmethod
-    def _row_of(plan: StepPlan, chunk: Chunk) -> int:
-        row = 0
-        for other in plan.chunks:
-            if other is chunk:
-                break
-            row += other.length
-        return row
-
-    def _fuse(
-        self,
-        step: FusedStep,
-        outgoing: Outgoing,
-        chunk: Chunk,
-        slots: npt.NDArray[np.int64],
-        row: int,
-    ) -> None:
-        self._see_table(outgoing)
-        hand_over, size = outgoing.hand_over, self._block_size
-        num_tokens = outgoing.request.num_prompt_tokens
-        fused = hand_over.fuse(chunk.start, chunk.start + chunk.length, num_tokens, size)
+        assert self._fused is None
+        fused = fuse(plan, self._outgoing, self._clock())
         if fused is None:
-            return
-        first = row + fused.start - chunk.start
-        slots[first : first + fused.stop - fused.start] = hand_over.slots(fused, size)
-        step.stores.append((outgoing, fused))
+            return None
+        self._fused, remote = fused
+        return remote
 
     def begin_step(self) -> None:
         """Until `end_step`, requests that are given up keep their blocks: the step uses them."""
-        self._steps.append(self._next_step)
-        self._next_step = None
-        self._num_begun += 1
+        self._steps.append(BegunStep(self._fused))
+        self._fused = None
 
     def end_step(self) -> None:
         step = self._steps.popleft()
-        if step is not None:
-            step.complete = True
-            for outgoing, fused in step.stores:
-                self._stored(outgoing, fused, step)
-            self._tell_closed(step.peer)
-        self._num_ended += 1
-        while self._to_finish and self._to_finish[0][0] <= self._num_ended:
-            self._scheduler.finish(self._to_finish.popleft()[1])
+        if step.fused is not None:
+            for outgoing, fused in step.fused.stores:
+                self._stored(outgoing, fused, step.fused.start_ns)
+            step.fused.peer.tell_closed()
+        for request in step.given_up:
+            self._scheduler.finish(request)
 
-    def _stored(self, outgoing: Outgoing, fused: Fused, step: FusedStep) -> None:
-        """The step's stores for one request are complete."""
-        request_id = outgoing.request.request_id
-        link = outgoing.peer.link
-        if self._outgoing.get(request_id) is not outgoing or link is None:
-            return
-        num_layers = self._num_layers
+    def _stored(self, outgoing: Outgoing, fused: Fused, start_ns: int) -> None:
+        """A step's stores for one request, which may be given up meanwhile, are complete."""
         outgoing.hand_over.stored()
+        if self._outgoing.get(outgoing.request_id) is not outgoing:
+            return
         try:
-            self._begin(outgoing, link)
-            link.stored(request_id, len(fused.blocks) * num_layers, num_layers, step.start_ns)
+            outgoing.stored(fused, start_ns)
         except TransportError as error:
             self._fail(outgoing, WorkerLostError(f"KV hand-over failed: {error}"))
-            return
-        self._finish_if_all_sent(outgoing)
 
     def after_layer(self, plan: StepPlan, layer: int) -> None:
         """Layer `layer` of all the plan's chunks is written: send the blocks it completes, also
@@ -373,13 +228,8 @@ class Producer:
                 self._take_reports(peer)
         for chunk in plan.chunks:
             outgoing = self._outgoing.get(chunk.request.request_id)
-            if outgoing is None:
-                continue
-            self._see_table(outgoing)
-            done = chunk.start + chunk.length
-            last = done >= chunk.request.num_prompt_tokens
-            ready = outgoing.hand_over.num_blocks if last else done // self._block_size
-            self._send(outgoing, outgoing.hand_over.mark_ready(layer, ready))
+            if outgoing is not None:
+                self._send(outgoing, outgoing.written(layer, chunk.start + chunk.length))
 
     def prefill_done(self, request: Request, first_token: int) -> None:
         """The first token is sampled and the request goes on: commit when all bytes have left."""
@@ -430,25 +280,11 @@ class Producer:
             if left is not None and not left.quiet():
                 raise OSError("stores over the last connection to it are not complete yet")
             self._leaving.pop(address, None)
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            try:
-                sock.connect(address)  # local: succeeds or fails at once
-            except OSError:
-                sock.close()
-                raise
-            peer = Peer(instance, address, Channel(sock, PeerMessage))
-            peer.channel.send(PeerIntro(self._instance))
-            self._peers[address] = peer
+            peer = self._peers[address] = connect(self._instance, instance, address)
         return peer
 
     def _read(self, peer: Peer) -> None:
-        peer.channel.flush()
-        try:
-            messages = peer.channel.receive()
-        except ProtocolError:
-            peer.channel.close()
-            return
-        for message in messages:
+        for message in peer.receive():
             match message:
                 case PeerHello():
                     self._on_hello(peer, message)
@@ -462,26 +298,19 @@ class Producer:
                     peer.early.pop(request_id, None)
                     if request_id in self._outgoing:
                         self._drop(self._outgoing[request_id])
-                    self._tell(peer, Closed(request_id))
+                    peer.tell(Closed(request_id))
                 case Closed(request_id=request_id):
                     peer.early.pop(request_id, None)
                 case _:
                     peer.channel.close()
 
     def _on_hello(self, peer: Peer, hello: PeerHello) -> None:
-        fds = tuple(peer.channel.received_fds)
-        peer.channel.received_fds.clear()
-        try:
-            peer.link = self._transport.connect(hello.layout, Descriptor(hello.descriptor, fds))
-        except TransportError as error:
-            peer.refusal = str(error)
-            peer.channel.close()
+        if not peer.open_link(self._transport, hello):
             return
-        pool = peer.link.remote_pool
-        if self._pools is not None and pool is not None:
-            self._pools.pool_opened(pool.tensor)
+        if self._pools is not None and peer.pool is not None:
+            self._pools.pool_opened(peer.pool.tensor)
         for outgoing in self._of(peer):
-            self._link_ready(outgoing)
+            self._send(outgoing, outgoing.link_ready())
 
     def _of(self, peer: Peer) -> list[Outgoing]:
         return [o for o in self._outgoing.values() if o.peer is peer]
@@ -492,68 +321,24 @@ class Producer:
             reason = f"cannot be reached: {peer.refusal}" if peer.refusal else "is gone; try again"
             self._fail(outgoing, WorkerLostError(f"{peer.instance} {reason}"))
         if peer.link is not None:
-            pool = peer.link.remote_pool
-            if self._pools is not None and pool is not None:
-                self._pools.pool_closed(pool.tensor)
+            if self._pools is not None and peer.pool is not None:
+                self._pools.pool_closed(peer.pool.tensor)
             peer.link.close()
             self._leaving[peer.address] = peer.link
         peer.channel.close()
 
     # ---- one hand-over
 
-    def _see_table(self, outgoing: Outgoing) -> None:
-        """A preempted request loses its blocks, and gets another table with the next ones."""
-        if outgoing.request.block_table is not outgoing.table:
-            outgoing.table = outgoing.request.block_table
-            outgoing.hand_over.rewind()
-
-    def _link_ready(self, outgoing: Outgoing) -> None:
-        self._see_table(outgoing)
-        self._send(outgoing, outgoing.hand_over.link_ready())
-
     def _set_slots(self, outgoing: Outgoing, reserve: Reserve) -> None:
         due_ns = outgoing.slots_due_ns
         if due_ns is None or self._clock() <= due_ns:
             outgoing.peer.punctual = True
-        self._see_table(outgoing)
-        self._send(outgoing, outgoing.hand_over.set_slots(reserve.first_block, reserve.blocks))
+        self._send(outgoing, outgoing.set_slots(reserve))
         self._commit_if_complete(outgoing)
 
     def _send(self, outgoing: Outgoing, pieces: list[Piece]) -> None:
-        link = outgoing.peer.link
-        request_id = outgoing.request.request_id
-        if link is None:
-            return
         try:
-            self._begin(outgoing, link)
-            for piece in pieces:
-                link.send(
-                    request_id,
-                    piece.layer,
-                    piece.start,
-                    outgoing.request.block_table[piece.start : piece.stop],
-                    outgoing.hand_over.destinations(piece),
-                )
-            if pieces:
-                link.flush(request_id)
-        except TransportError as error:
-            self._fail(outgoing, WorkerLostError(f"KV hand-over failed: {error}"))
-            return
-        self._finish_if_all_sent(outgoing)
-
-    def _begin(self, outgoing: Outgoing, link: ProducerLink) -> None:
-        if not outgoing.begun:
-            outgoing.begun = True
-            keys = outgoing.request.prompt_keys(self._block_size)
-            link.begin(outgoing.request.request_id, keys)
-
-    def _finish_if_all_sent(self, outgoing: Outgoing) -> None:
-        link = outgoing.peer.link
-        if outgoing.finished or not outgoing.hand_over.all_sent or link is None:
-            return
-        outgoing.finished = True
-        try:
-            link.finish(outgoing.request.request_id)
+            outgoing.send(pieces)
         except TransportError as error:
             self._fail(outgoing, WorkerLostError(f"KV hand-over failed: {error}"))
 
@@ -565,9 +350,7 @@ class Producer:
     def _on_report(self, peer: Peer, report: Sent | Stopped | TransferFailed) -> None:
         match report:
             case Stopped(transfer_id=transfer_id):
-                if transfer_id in peer.closing:
-                    peer.closing[transfer_id].copying = False
-                    self._tell_closed(peer)
+                peer.stopped(transfer_id)
             case Sent(report=done):
                 outgoing = self._outgoing.get(done.transfer_id)
                 if outgoing is not None:
@@ -579,63 +362,30 @@ class Producer:
                     self._fail(outgoing, WorkerLostError(f"KV hand-over failed: {text}"))
 
     def _commit_if_complete(self, outgoing: Outgoing) -> None:
-        report, hand_over = outgoing.report, outgoing.hand_over
-        if report is None or outgoing.first_token is None or hand_over.first_block is None:
+        commit = outgoing.commit(self._checksum)
+        if commit is None:
             return
-        request = outgoing.request
-        sent_blocks = request.block_table[hand_over.first_block : hand_over.num_blocks]
-        commit = Commit(
-            request_id=request.request_id,
-            first_token=outgoing.first_token,
-            num_tokens=request.num_prompt_tokens,
-            checksum=self._checksum(sent_blocks),
-            num_bytes=report.num_bytes,
-            num_pieces=report.num_pieces,
-            start_ns=report.start_ns,
-            busy_ns=report.busy_ns,
-        )
         outgoing.peer.channel.send(commit)
-        self.bytes_sent += report.num_bytes
-        del self._outgoing[request.request_id]
-        self._scheduler.finish(request)
+        self.bytes_sent += commit.num_bytes
+        del self._outgoing[outgoing.request_id]
+        self._scheduler.finish(outgoing.request)
 
     def _drop(self, outgoing: Outgoing, *, cancel: str | None = None) -> None:
         """Stop storing, free the blocks; tell the consumer, once nothing of it is stored any more,
         unless it was the one to ask."""
-        request_id, peer = outgoing.request.request_id, outgoing.peer
+        request_id, peer = outgoing.request_id, outgoing.peer
         del self._outgoing[request_id]
-        copying = False
-        if peer.link is not None and outgoing.begun:
-            copying = not peer.link.abort(request_id)
-        steps = [step for step in self._steps if step is not None and step.stores_for(outgoing)]
-        closing = Closing(copying, steps)
-        if not closing.over:
-            peer.closing[request_id] = closing
+        peer.close_request(request_id, outgoing.hand_over, copying=outgoing.abort())
         if cancel is not None:
-            self._tell(peer, Cancel(request_id, cancel))
+            peer.tell(Cancel(request_id, cancel))
         if self._steps:
-            self._to_finish.append((self._num_begun, outgoing.request))
+            self._steps[-1].given_up.append(outgoing.request)
         else:
             self._scheduler.finish(outgoing.request)
 
-    def _tell(self, peer: Peer, message: Cancel | Closed) -> None:
-        """Say that the request is stored no more; when it is so."""
-        closing = peer.closing.get(message.request_id)
-        if closing is None:
-            peer.channel.send(message)
-        else:
-            closing.messages.append(message)
-
-    def _tell_closed(self, peer: Peer) -> None:
-        for request_id, closing in list(peer.closing.items()):
-            if closing.over:
-                del peer.closing[request_id]
-                for message in closing.messages:
-                    peer.channel.send(message)
-
     def _fail(self, outgoing: Outgoing, error: RequestError) -> None:
-        if outgoing.request.request_id not in self._outgoing:
+        if outgoing.request_id not in self._outgoing:
             return
         self.failures += 1
         self._drop(outgoing, cancel=str(error))
-        self._outbox.fail(outgoing.request.request_id, error)
+        self._outbox.fail(outgoing.request_id, error)

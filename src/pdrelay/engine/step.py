@@ -35,18 +35,17 @@ class StepTokens:
     prompt_logprobs: dict[str, list[TokenLogprobs]]  # of the chunk's tokens but position 0
 
 
-class RemoteSlots(Protocol):
+@dataclass(frozen=True)
+class RemoteSlots:
     """A peer's pages that a step's kernels store its K and V into besides the own ones.
 
-    `tensor`: the peer's pool as this rank's device reaches it. `slots`: int64 [T] in host memory,
-    the slot of each row of the flat batch in that pool; -1: that row is not for the peer.
+    `tensor`: the peer's pool as this rank's device reaches it (`RemotePool.tensor`). `slots`: int64
+    [T] in host memory, block * block_size + offset in that pool for each row of the flat batch; -1:
+    that row is not for the peer.
     """
 
-    @property
-    def tensor(self) -> Any: ...
-
-    @property
-    def slots(self) -> npt.NDArray[np.int64]: ...
+    tensor: Any
+    slots: npt.NDArray[np.int64]
 
 
 class StepHandle(Protocol):

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from pdrelay.core.block_manager import BlockManager
 from pdrelay.core.messages import EngineRequest
@@ -59,19 +57,11 @@ def warm_up(
                 scheduler.update(plan, tokens.token_ids)
 
 
-@dataclass(frozen=True)
-class _Nowhere:
-    """Remote slots of no row."""
-
-    tensor: Any
-    slots: npt.NDArray[np.int64]
-
-
 def _nowhere(plan: StepPlan, pool: Any) -> RemoteSlots | None:
-    """For steps with prompts, as only those store into a peer's pages."""
+    """Of no row, for steps with prompts, as only those store into a peer's pages."""
     if all(chunk.is_decode for chunk in plan.chunks):
         return None
-    return _Nowhere(pool, np.full(sum(chunk.length for chunk in plan.chunks), -1, np.int64))
+    return RemoteSlots(pool, np.full(sum(chunk.length for chunk in plan.chunks), -1, np.int64))
 
 
 def _request(length: int, vocab_size: int, temperature: float) -> Request:

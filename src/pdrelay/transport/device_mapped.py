@@ -17,7 +17,7 @@ must mean *completed*, not *enqueued*:
 - `Commit` follows `Sent`, which follows the event behind the transfer's last copy, and the end of
   every step whose kernels stored for it (`RemoteTransfer.stored` is called then).
 - `Closed` and `Cancel` leave the producer when its `abort` said that nothing is under way, or when
-  `Stopped` came; and when no launched step still stores for the request (`engine/producer.py`).
+  `Stopped` came; and when no launched step still stores for the request (`engine/peer.py`).
 - A producer's socket ends when its process does, but a device may finish a kernel of a process
   that was killed. The consumer waits for the process, which the kernel reaps only after its device
   contexts are gone (`engine/consumer.py`).
