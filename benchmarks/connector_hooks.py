@@ -162,8 +162,8 @@ class Rig:
         until(lambda: len(self.reads) > before)
 
     def _announced(self, transfer_id: str) -> bool:
-        outgoing = self.producer._by_transfer.get(transfer_id)
-        links = list(self.producer._links)
+        outgoing = self.producer._transfers._by_transfer.get(transfer_id)
+        links = list(self.producer._links.all)
         return any(transfer_id in link.early for link in links) or (
             outgoing is not None and outgoing.link is not None
         )
@@ -275,7 +275,8 @@ def rig_of(form: str, launches: int) -> Iterator[Rig]:
         device: Any = pages.device
         service = ProducerService(producer, monotonic_ns)
         rig = Rig(pages, device, producer, service, consumer, launches, address)
-        vars(producer)["_read"] = timed(producer._read, rig.reads)
+        links = producer._links
+        vars(links)["_read"] = timed(links._read, rig.reads)
         vars(service)["_turn"] = timed(service._turn, rig.turns)
         yield rig
         consumer.close()

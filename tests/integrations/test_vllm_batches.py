@@ -194,7 +194,7 @@ def test_prompts_for_one_consumer_share_submissions(tmp_path, batch_bytes, calls
     for number in range(len(LENGTHS)):
         run.announce(number)
     run.step({0: 6, 2: 3}, {})
-    (writer,) = [link.writer for link in run.kit.producer._links if link.writer is not None]
+    (writer,) = [link.writer for link in run.kit.producer._links.all if link.writer is not None]
     real = writer.write
     writer.write = lambda moves: written.append(moves) or real(moves)
     pushes, push = [], run.kit.producer.push

@@ -112,7 +112,7 @@ def test_moves_of_any_layers_that_share_both_or_one_of_their_lists(kit, layers, 
     kit.pump()
     kit.compute(P_BLOCKS, 4, 1)
     kit.p.device.run()
-    (writer,) = [link.writer for link in kit.producer._links]
+    (writer,) = [link.writer for link in kit.producer._links.all]
     assert writer._grid is not None
     if not in_grid:
         writer._grid = None

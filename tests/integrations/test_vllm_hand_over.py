@@ -424,8 +424,8 @@ def test_consumer_dies(kit):
     kit.world.land()
     kit.producer.poll()
     assert kit.producer.take_finished() == {"r"}
-    assert not kit.producer._links
-    assert not kit.producer._by_fd
+    assert not kit.producer._links.all
+    assert not kit.producer._links._by_fd
 
 
 def test_broken_pages_fail_the_load(kit):

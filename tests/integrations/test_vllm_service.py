@@ -118,7 +118,7 @@ def test_a_bug_closes_the_door_instead_of_hanging(kit, service, caplog):
 def test_a_layer_never_waits_for_the_other_thread(kit, service):
     """The lock is taken here: a layer that waited for it would do so for ever."""
     kit.load("r", PROMPT, D_BLOCKS)
-    until(lambda: any(link.early for link in kit.producer._links), service)
+    until(lambda: any(link.early for link in kit.producer._links.all), service)
     chunk = Chunk("r", "T-r", len(PROMPT), prompt_digest(PROMPT), P_BLOCKS, len(PROMPT))
     service.begin_step(StepPlan(chunks=[chunk]))
     with service._lock:
@@ -142,7 +142,7 @@ def test_layers_look_a_few_times_and_only_while_a_consumer_is_missing(tmp_path, 
     service = ProducerService(kit.producer, monotonic_ns)
     if announced:
         kit.load("r", PROMPT, D_BLOCKS)
-        until(lambda: any(link.early for link in kit.producer._links), service)
+        until(lambda: any(link.early for link in kit.producer._links.all), service)
     made = []
     look, kit.producer.look = kit.producer.look, lambda: made.append(1) or look()
     chunk = Chunk("r", "T-r", len(PROMPT), prompt_digest(PROMPT), P_BLOCKS, len(PROMPT))
@@ -156,18 +156,18 @@ def test_layers_look_a_few_times_and_only_while_a_consumer_is_missing(tmp_path, 
 
 
 def test_a_consumer_refused_by_the_engines_thread_is_let_go(kit, service):
-    lease_ns = kit.producer._lease_ns
-    kit.producer._lease_ns = int(10 * WAIT_S * 1e9)  # no deadline wakes the thread
+    lease_ns = kit.producer._transfers._lease_ns
+    kit.producer._transfers._lease_ns = int(10 * WAIT_S * 1e9)  # no deadline wakes the thread
     kit.load("r", PROMPT, D_BLOCKS)
-    until(lambda: any(link.early for link in kit.producer._links), service)
+    until(lambda: any(link.early for link in kit.producer._links.all), service)
     kit.world.pages.clear()  # cannot be opened
     chunk = Chunk("r", "T-r", len(PROMPT), prompt_digest(PROMPT), P_BLOCKS, len(PROMPT))
     service.begin_step(StepPlan(chunks=[chunk]))
-    until(lambda: not kit.producer._links, service)
+    until(lambda: not kit.producer._links.all, service)
     assert until_finished(kit) == {"r"}
     assert kit.consumers[0].take_failed_blocks() == set(D_BLOCKS)
     service.end_step()
-    kit.producer._lease_ns = lease_ns
+    kit.producer._transfers._lease_ns = lease_ns
     service.begin_step(StepPlan(held=["r"]))
     assert until_freed(service) == {"r"}
     assert service._thread.is_alive()
@@ -176,14 +176,14 @@ def test_a_consumer_refused_by_the_engines_thread_is_let_go(kit, service):
 def test_what_a_socket_did_not_take_is_sent_when_it_does(kit):
     kit.load("r", PROMPT, D_BLOCKS)
     kit.pump()
-    (link,) = kit.producer._links
-    assert not kit.producer._inbox.ready()
+    (link,) = kit.producer._links.all
+    assert not kit.producer._links.inbox.ready()
     link.channel._pending += b"\0\0\0\0"
     kit.producer.poll()
-    assert kit.producer._inbox.ready() == [link.channel.fileno()]  # it takes bytes
+    assert kit.producer._links.inbox.ready() == [link.channel.fileno()]  # it takes bytes
     kit.producer.poll()
     assert not link.channel.has_pending
-    assert not kit.producer._inbox.ready()
+    assert not kit.producer._links.inbox.ready()
 
 
 # ---- a step runs
@@ -226,7 +226,7 @@ def test_hooks_do_it_all_while_the_thread_sleeps(kit, service, turns, phase, fen
             kit.load("r", PROMPT, D_BLOCKS)
             hold_open(service)
             assert not turns
-            assert all(out.link is None for out in kit.producer._by_request.values())
+            assert all(out.link is None for out in kit.producer._transfers._by_request.values())
 
     plan = StepPlan(
         chunks=[Chunk("r", "T-r", len(PROMPT), prompt_digest(PROMPT), P_BLOCKS, len(PROMPT))]
@@ -273,7 +273,7 @@ def test_the_thread_takes_over_when_hooks_stay_away(kit, service, turns):
     """A fence is left, and nobody calls."""
     kit.world.eager = False
     kit.load("r", PROMPT, D_BLOCKS)
-    until(lambda: any(link.early for link in kit.producer._links), service)
+    until(lambda: any(link.early for link in kit.producer._links.all), service)
     turns.clear()
     prefill(service, kit, finish=False)
     hold_open(service)
@@ -301,16 +301,16 @@ def test_the_thread_learns_of_a_lease_that_begins_while_it_attends(kit, service,
 def test_what_a_hook_leaves_in_a_step_that_the_thread_took_over_is_done(
     kit, service, turns, monkeypatch
 ):
-    kit.producer._lease_ns = int(10 * WAIT_S * 1e9)  # no deadline wakes the thread
+    kit.producer._transfers._lease_ns = int(10 * WAIT_S * 1e9)  # no deadline wakes the thread
     kit.load("r", PROMPT, D_BLOCKS)
-    until(lambda: any(link.early for link in kit.producer._links), service)
+    until(lambda: any(link.early for link in kit.producer._links.all), service)
     chunk = Chunk("r", "T-r", len(PROMPT), prompt_digest(PROMPT), P_BLOCKS, len(PROMPT))
     service.begin_step(StepPlan(chunks=[chunk]))
     ring(service, turns)
     kit.targets[0].broken = True
     monkeypatch.setattr(service_module, "_STEP_NS", int(1e7))
     service.layer_written(0)  # the consumer is refused
-    until(lambda: not kit.producer._links, service)
+    until(lambda: not kit.producer._links.all, service)
     assert until_finished(kit) == {"r"}
     assert kit.consumers[0].take_failed_blocks() == set(D_BLOCKS)
 
@@ -323,7 +323,7 @@ def test_a_step_that_never_ends_is_looked_after(kit, service, monkeypatch, again
     service.begin_step(StepPlan(chunks=[chunk]))
     service.layer_written(0)
     kit.load("r", PROMPT, D_BLOCKS)
-    until(lambda: kit.producer._by_transfer["T-r"].link is not None, service)
+    until(lambda: kit.producer._transfers._by_transfer["T-r"].link is not None, service)
     if again:
         prefill(service, kit)
         assert until_freed(service) == {"r"}
@@ -336,7 +336,7 @@ def test_a_step_that_never_ends_is_looked_after(kit, service, monkeypatch, again
 def test_shutdown_in_a_step(kit, service, turns):
     kit.world.eager = False
     kit.load("r", PROMPT, D_BLOCKS)
-    until(lambda: any(link.early for link in kit.producer._links), service)
+    until(lambda: any(link.early for link in kit.producer._links.all), service)
     chunk = Chunk("r", "T-r", len(PROMPT), prompt_digest(PROMPT), P_BLOCKS, len(PROMPT))
     service.begin_step(StepPlan(chunks=[chunk]))
     service.layer_written(0)
@@ -362,7 +362,7 @@ def test_a_consumer_dies_in_the_step(kit, service, turns, fenced):
     kit.world.land()
     service.begin_step(StepPlan(held=["r"]))
     assert service.take_finished() == {"r"}
-    assert not kit.producer._links
+    assert not kit.producer._links.all
     assert not turns
 
 
@@ -410,8 +410,8 @@ def test_a_bug_in_a_hook_closes_the_door_and_not_the_engine(kit, service, turns,
         raise RuntimeError("a bug")
 
     kit.load("r", PROMPT, D_BLOCKS)
-    until(lambda: any(link.early for link in kit.producer._links), service)
-    kit.producer._accept = kit.producer._read = broken
+    until(lambda: any(link.early for link in kit.producer._links.all), service)
+    kit.producer._links._accept = kit.producer._links._read = broken
     kit.load("s", PROMPT, D_BLOCKS)  # wakes the thread or, in the step, does not
     prefill(service, kit)
     assert service.take_finished() == {"r"}
