@@ -38,7 +38,7 @@ ENGINE_ARGS = (
     *("--num-gpu-blocks-override", str(NUM_BLOCKS)),
     *("--max-model-len", "8192"),
 )
-LONG = 6_000  # tokens whose prefill takes seconds: room to abort and kill in the middle
+LONG = 8_000  # tokens whose prefill takes seconds: room to abort and kill in the middle
 LEASE_S = 3.0
 WAIT_S = 300.0
 
