@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from pdrelay.core.rank_config import AttentionName
 from pdrelay.engine.attention.base import AttentionBackend, AttentionShape
 from pdrelay.engine.kernels import load_kernels
-from pdrelay.engine.kernels.gpu import GpuKernels
+from pdrelay.engine.kernels.gpu import GpuKernels, PagedAttention
 from pdrelay.engine.layers import KernelOps, Ops, TorchOps
 from pdrelay.engine.qkv_buffer import QkvBuffer
-
-if TYPE_CHECKING:
-    from pdrelay.engine.attention.cuda import PagedAttention
 
 
 @dataclass(frozen=True)
@@ -51,8 +47,8 @@ def select_backend(
     from pdrelay.engine.attention.cpu import CpuAttention
 
     supported = CpuAttention.supports(shape, kernels)
-    attention = CpuAttention(shape, kernels) if supported else SdpaAttention(shape)
-    return Backend(KernelOps(kernels), attention)
+    chosen = CpuAttention(shape, kernels) if supported else SdpaAttention(shape)
+    return Backend(KernelOps(kernels), chosen)
 
 
 def cuda_backend(

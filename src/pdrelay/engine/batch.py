@@ -74,8 +74,8 @@ def build_batch(plan: StepPlan, block_size: int) -> BatchInput:
     width = int(-(-seq_lens.max() // block_size)) if decodes else 0
     tables = np.zeros((len(decodes), width), dtype=np.int32)
     for i, chunk in enumerate(decodes):
-        used = chunk.request.block_table[:width]
-        tables[i, : len(used)] = used
+        table_head = chunk.request.block_table[:width]
+        tables[i, : len(table_head)] = table_head
     return BatchInput(
         token_ids=np.concatenate(token_ids).tobytes(),
         positions=np.concatenate(positions).tobytes(),

@@ -182,8 +182,8 @@ class EngineLoop:
         until_ns = self._pacer.not_before_ns() - self._clock()
         return min(until_ns / 1e9, _IDLE_WAIT_S) if until_ns > 0 else _IDLE_WAIT_S
 
-    def _channels(self) -> list[Channel]:
-        channels: list[Channel] = [self._control]
+    def _channels(self) -> list[Channel[Any]]:
+        channels: list[Channel[Any]] = [self._control]
         if self._producer is not None:
             channels += self._producer.channels()
         if self._consumer is not None:

@@ -253,8 +253,10 @@ class DevicePages(Protocol):
     """One rank's KV pool on an accelerator: one allocation, of which `ipc_handle` names all."""
 
     layout: KVLayout
-    device: Device
     address: int
+
+    @property
+    def device(self) -> Device: ...
 
     def ipc_handle(self) -> bytes:
         """Raises TransportError where the driver does not share memory between processes."""

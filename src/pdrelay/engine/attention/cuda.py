@@ -108,13 +108,14 @@ class CudaAttention:
 
     def _cudnn(self, start: int, length: int, padded: int) -> torch.Tensor:
         q, k, v = self._heads(start, padded)
-        out = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        out: torch.Tensor = torch.ops.aten._scaled_dot_product_cudnn_attention(
             q, k, v, None, False, 0.0, True, False, scale=self._shape.scale
         )[0]
         return out[0].transpose(0, 1)[:length].reshape(length, self._q_width)
 
     def _flash(self, start: int, length: int) -> torch.Tensor:
         q, k, v = self._heads(start, length)
+        out: torch.Tensor
         if q.device.type == "cuda":
             out = torch.ops.aten._scaled_dot_product_flash_attention(
                 q, k, v, 0.0, True, False, scale=self._shape.scale

@@ -76,9 +76,9 @@ class Fa3Paged:
     def _bounds(self, length: int, context_len: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Where the chunk begins and ends among the queries, and its keys, int32 [2] and [1]; by
         kernels, as a copy from the host would be waited for."""
-        options = {"dtype": torch.int32, "device": self._device}
-        starts = torch.arange(0, length + 1, length, **options)
-        return starts, torch.full((1,), context_len + length, **options)
+        device = self._device
+        starts = torch.arange(0, length + 1, length, dtype=torch.int32, device=device)
+        return starts, torch.full((1,), context_len + length, dtype=torch.int32, device=device)
 
     def _run(
         self,

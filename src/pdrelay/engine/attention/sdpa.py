@@ -98,7 +98,7 @@ class SdpaAttention:
     def _unfold(self, x: torch.Tensor) -> torch.Tensor:
         """[Hkv, group * T, D] -> [T, H * D]"""
         shape = self._shape
-        grouped = x.unflatten(1, (shape.group, -1))
+        grouped: torch.Tensor = x.unflatten(1, (shape.group, -1))
         return grouped.permute(2, 0, 1, 3).flatten(1)
 
 

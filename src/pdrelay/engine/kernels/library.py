@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pdrelay.engine.kernels.build import BuildError, build
@@ -13,7 +13,7 @@ _SOURCE = Path(__file__).with_name("cpu.c")
 _P, _L, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 
 # function: (result, arguments)
-_SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
+_SIGNATURES: dict[str, tuple[type | None, Sequence[type]]] = {
     "pd_panel_width": (_L, []),
     "pd_vector_width": (_L, []),
     "pd_max_head_dim": (_L, []),

@@ -217,7 +217,7 @@ class PageCopier:
         if self._ordinal is None:
             return nullcontext()
         device = torch.device(f"cuda:{self._ordinal}")
-        stream = torch.cuda.ExternalStream(self._stream, device=device)  # type: ignore[no-untyped-call]
+        stream = torch.cuda.ExternalStream(self._stream, device=device)
         return torch.cuda.stream(stream)
 
     def _free_ids(self, num_ids: int) -> _Ids:

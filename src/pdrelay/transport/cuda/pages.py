@@ -45,7 +45,7 @@ class CudaPages:
         )
         self._sums = PageSums(self.tensor, layout)
         # Checksums must not wait behind a step, nor a step behind them.
-        self._stream: Any = torch.cuda.Stream(device.ordinal, priority=-5)  # type: ignore[no-untyped-call]
+        self._stream: Any = torch.cuda.Stream(device.ordinal, priority=-5)
 
     @classmethod
     def create(cls, layout: KVLayout, ordinal: int) -> CudaPages:

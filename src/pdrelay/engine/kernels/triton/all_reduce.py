@@ -37,7 +37,8 @@ def inbox_bytes(max_bytes: int, world_size: int, block: int = BLOCK) -> int:
 
 
 def num_programs(num_bytes: int, block: int = BLOCK) -> int:
-    return triton.cdiv(num_bytes, block * PACKET_BYTES)
+    programs: int = triton.cdiv(num_bytes, block * PACKET_BYTES)
+    return programs
 
 
 def state_words(max_bytes: int, block: int = BLOCK) -> int:

@@ -25,7 +25,8 @@ _MAX_WARPS = 32
 
 def block_of(width: int, dtype: torch.dtype) -> int:
     """Packets of a program, `Exchange.block`, for rows of `width` numbers."""
-    return max(WARP, triton.next_power_of_2(width * dtype.itemsize // PACKET_BYTES))
+    packets: int = triton.next_power_of_2(width * dtype.itemsize // PACKET_BYTES)
+    return max(WARP, packets)
 
 
 def reduce_add_rms_norm(

@@ -185,7 +185,8 @@ def _stages(depth: int, block_size: int, crowded: bool) -> int:
 def _heads_at_once(group: int, floats_per_head: int, warps: int) -> int:
     """Heads whose partial results fit into half of the threads' registers; a power of two."""
     fit = max(1, warps * WARP * _REGISTERS // floats_per_head)
-    return min(triton.next_power_of_2(group), 1 << (fit.bit_length() - 1))
+    all_heads: int = triton.next_power_of_2(group)
+    return min(all_heads, 1 << (fit.bit_length() - 1))
 
 
 @triton.jit(do_not_specialize=["batch", "table_stride"])

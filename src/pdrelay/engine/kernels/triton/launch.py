@@ -41,7 +41,8 @@ def pdl_flags(pdl: bool) -> dict[str, Any]:
 def num_warps(num_elements: int, element_size: int, most: int = 16) -> int:
     """Warps that move `num_elements` with one 16-byte access a thread; a power of two."""
     threads = max(1, num_elements * element_size // VECTOR_BYTES)
-    return max(1, min(most, triton.next_power_of_2(threads) // WARP))
+    power: int = triton.next_power_of_2(threads)
+    return max(1, min(most, power // WARP))
 
 
 def is_power_of_2(n: int) -> bool:

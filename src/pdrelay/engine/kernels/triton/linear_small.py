@@ -70,7 +70,8 @@ def default_tuning(
 
 
 def _dot_rows_of(num_rows: int) -> int:
-    return max(_DOT_ROWS, triton.next_power_of_2(num_rows))
+    rows: int = triton.next_power_of_2(num_rows)
+    return max(_DOT_ROWS, rows)
 
 
 _MOST_FEATURES = 1 << 16

@@ -46,7 +46,7 @@ def rope_write_kv(
     assert positions.dtype == slots.dtype == torch.int64
     assert (q_norm is None) == (k_norm is None)
     assert (remote_layer is None) == (remote_slots is None)
-    if remote_layer is not None:
+    if remote_layer is not None and remote_slots is not None:
         assert remote_layer.is_contiguous() and remote_layer.shape[1:] == kv_layer.shape[1:]
         assert remote_layer.dtype == kv_layer.dtype and remote_slots.dtype == torch.int64
     q = qkv[:, : num_heads * head_dim]
