@@ -74,9 +74,9 @@ def test_goodput_needs_disjoint_intervals_and_a_material_gap(run_dir):
             summary,
             **{"pd-1-1": interval, "replicas-2": (2.8, 2.95, 3.0), "tp-2": (0.1, 0.2, 0.3)},
         )
-        judged, said = judge_goodput("pd-1-1", ["replicas-2", "tp-2"], rows, LABELS)
+        judged, said = judge_goodput("pd-1-1", ["replicas-2", "tp-2"], rows, LABELS, unit="core")
         assert judged == outcome
-        assert "2 replicas" in said[0].text
+        assert "2 replicas" in said[0].text and "requests/s a core (at" in said[0].text
 
 
 def test_protection_needs_every_rival_disturbed(summary):

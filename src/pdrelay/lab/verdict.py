@@ -81,8 +81,8 @@ def verdict(
     ]
     if not rivals:
         return _no_evidence(
-            f"No co-located topology on {pd.num_gpus} GPUs was measured beside {pd.label}, so "
-            "there is nothing fair to compare it with."
+            f"No co-located topology on {pd.num_gpus} {pd.unit}s was measured beside {pd.label}, "
+            "so there is nothing fair to compare it with."
         )
     labels = {t.name: t.label for t in topologies}
     names = [t.name for t in rivals]
@@ -97,7 +97,7 @@ def verdict(
         for row in ratios
         if not {("ttft", name, row.case) for name in (row.topology, row.versus)} & void
     ]
-    goodput, goodput_said = judge_goodput(pd.name, names, compared, labels)
+    goodput, goodput_said = judge_goodput(pd.name, names, compared, labels, unit=pd.unit)
     if voided and not any(
         row.attainment.value is not None and row.attainment.value < ATTAINMENT_TARGET
         for row in compared
@@ -116,7 +116,7 @@ def verdict(
     ]
     return Verdict(
         decision=decision,
-        headline=f"{_HEADLINES[decision]} {_because(goodput, protection, labels[pd.name])}",
+        headline=f"{_HEADLINES[decision]} {_because(goodput, protection, pd)}",
         sentences=said,
     )
 
@@ -134,11 +134,12 @@ def decide(goodput: Goodput, protection: Protection) -> Decision:
     return "do-not-disaggregate"
 
 
-def _because(goodput: Goodput, protection: Protection, label: str) -> str:
+def _because(goodput: Goodput, protection: Protection, pd: TopologyFigures) -> str:
+    label, unit = pd.label, pd.unit
     by_goodput = {
-        "win": f"{label} serves more good requests per GPU than every rival",
-        "loss": f"a co-located rival serves more good requests per GPU than {label}",
-        "tie": f"{label} and its best rival serve as many good requests per GPU, within error",
+        "win": f"{label} serves more good requests per {unit} than every rival",
+        "loss": f"a co-located rival serves more good requests per {unit} than {label}",
+        "tie": f"{label} and its best rival serve as many good requests per {unit}, within error",
         "unknown": "goodput cannot be judged",
     }[goodput]
     by_protection = {
@@ -176,7 +177,7 @@ def best_goodput(name: str, traffic: list[TrafficRow]) -> TrafficRow | None:
 
 
 def judge_goodput(
-    pd: str, rivals: list[str], traffic: list[TrafficRow], labels: dict[str, str]
+    pd: str, rivals: list[str], traffic: list[TrafficRow], labels: dict[str, str], *, unit: str
 ) -> tuple[Goodput, list[Sentence]]:
     ours = best_goodput(pd, traffic)
     theirs = [row for name in rivals if (row := best_goodput(name, traffic)) is not None]
@@ -186,8 +187,8 @@ def judge_goodput(
     outcome = _compare(ours, best)
     tones: dict[Goodput, Literal["good", "bad", "neutral"]] = {"win": "good", "loss": "bad"}
     text = (
-        f"Goodput: {labels[pd]} serves at best {fmt.estimate(ours.goodput)} good requests/s a GPU "
-        f"(at {fmt.number(ours.rate)} req/s offered, {fmt.share(ours.attainment)} within the "
+        f"Goodput: {labels[pd]} serves at best {fmt.estimate(ours.goodput)} good requests/s "
+        f"a {unit} (at {fmt.number(ours.rate)} req/s offered, {fmt.share(ours.attainment)} within the "
         f"service level); the best rival, {labels[best.topology]}, "
         f"{fmt.estimate(best.goodput)} (at {fmt.number(best.rate)} req/s, "
         f"{fmt.share(best.attainment)})."

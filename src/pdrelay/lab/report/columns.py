@@ -35,7 +35,7 @@ def traffic(summary: Summary, rows: Sequence[TrafficRow]) -> Table[TrafficRow]:
             _p99("ITL p99", lambda row: row.itl_p99),
             Column("TPOT p50", lambda row: fmt.estimate(row.tpot), only="page"),
             Column("within SLO", lambda row: fmt.share(row.attainment)),
-            Column("goodput, req/s/GPU", lambda row: fmt.estimate(row.goodput)),
+            Column(f"goodput, req/s/{summary.unit}", lambda row: fmt.estimate(row.goodput)),
             Column("completed, req/s", lambda row: fmt.estimate(row.completed_rate), only="page"),
             Column("tok/s", lambda row: fmt.estimate(row.output_rate), only="page"),
             Column("sustained", lambda row: "yes" if row.sustained else "no"),

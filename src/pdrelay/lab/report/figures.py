@@ -34,6 +34,12 @@ class TopologyFigures(msgspec.Struct, kw_only=True):
     peak_rss_bytes: dict[str, int]  # by instance, the largest of its ranks
     resolved: dict[str, dict[str, str]]  # by instance
 
+    @property
+    def unit(self) -> str:
+        """What `num_gpus` counts: on a CPU a core stands for a GPU."""
+        on_cpu = any(each.get("device") == "cpu" for each in self.resolved.values())
+        return "core" if on_cpu else "GPU"
+
 
 class TtftRow(msgspec.Struct, kw_only=True):
     """TTFT at one input length. `hand_over` is the first gap minus the request's median later gap:
@@ -366,6 +372,10 @@ class Summary(msgspec.Struct, kw_only=True):
     timelines: list[Timeline]
     flags: list[CaseFlag]
     num_cases: int
+
+    @property
+    def unit(self) -> str:
+        return next((t.unit for t in self.topologies), "GPU")
 
     def label(self, name: str) -> str:
         return next((t.label for t in self.topologies if t.name == name), name)

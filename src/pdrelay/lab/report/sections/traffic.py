@@ -26,7 +26,9 @@ def traffic_section(summary: Summary) -> Markup:
     charts = [
         _rate_chart(summary, rated, "TTFT p50, ms (log)", lambda row: row.ttft, log_y=True),
         _rate_chart(summary, rated, "ITL p50 (solid) and p99 (dashed), ms (log)", None, log_y=True),
-        _rate_chart(summary, rated, "Goodput, good req/s a GPU", lambda row: row.goodput),
+        _rate_chart(
+            summary, rated, f"Goodput, good req/s a {summary.unit}", lambda row: row.goodput
+        ),
         _rate_chart(
             summary, rated, "Requests within the service level", lambda row: row.attainment, top=1.0
         ),
