@@ -188,8 +188,8 @@ def judge_goodput(
     tones: dict[Goodput, Literal["good", "bad", "neutral"]] = {"win": "good", "loss": "bad"}
     text = (
         f"Goodput: {labels[pd]} serves at best {fmt.estimate(ours.goodput)} good requests/s "
-        f"a {unit} (at {fmt.number(ours.rate)} req/s offered, {fmt.share(ours.attainment)} within the "
-        f"service level); the best rival, {labels[best.topology]}, "
+        f"a {unit} (at {fmt.number(ours.rate)} req/s offered, {fmt.share(ours.attainment)} "
+        f"within the service level); the best rival, {labels[best.topology]}, "
         f"{fmt.estimate(best.goodput)} (at {fmt.number(best.rate)} req/s, "
         f"{fmt.share(best.attainment)})."
     )
