@@ -19,7 +19,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -41,6 +40,7 @@ from pdrelay.engine.cuda_runner import CudaRunner
 from pdrelay.engine.kernels.gpu import TorchKernels
 from pdrelay.engine.models import build_model
 from pdrelay.engine.startup_clock import StartupClock
+from pdrelay.engine.step import RemoteSlots
 from pdrelay.engine.step_executor import StepExecutor, StepLimits
 from pdrelay.engine.warmup import warm_up
 from pdrelay.model.config import ModelConfig, kv_layout, load_model_config
@@ -59,12 +59,6 @@ UNEVEN: dict[str, Sequence[int]] = {
     "31x640+8192": [*[640] * 31, 8192],
 }
 LENGTHS = (32, 128, 200, 256, 512, 700, 1024, 2048, 4096, 8192)
-
-
-@dataclass(frozen=True)
-class _Remote:
-    tensor: torch.Tensor
-    slots: np.ndarray
 
 
 class Bench:
@@ -262,13 +256,13 @@ class Bench:
         graphs = len(self.executor.prefill_graphs.buckets)
         return 1e3 * (time.perf_counter() - start) / graphs
 
-    def remote(self, plan: StepPlan) -> _Remote:
+    def remote(self, plan: StepPlan) -> RemoteSlots:
         """Every row into the second pool, as far as it reaches."""
         num_rows = sum(chunk.length for chunk in plan.chunks)
-        return _Remote(self.second_pool, np.arange(num_rows) % (self.second_pool.shape[1] * 64))
+        return RemoteSlots(self.second_pool, np.arange(num_rows) % (self.second_pool.shape[1] * 64))
 
     def prefill(
-        self, plan: StepPlan, repeats: int, remote: _Remote | None = None
+        self, plan: StepPlan, repeats: int, remote: RemoteSlots | None = None
     ) -> tuple[float, float, float]:
         """Medians (device, wall, launch) ms of one prompt alone."""
         device, wall, launch = [], [], []
@@ -348,9 +342,14 @@ def matmul_parameters(config: ModelConfig) -> tuple[int, int]:
     return config.num_layers * layer, config.hidden_size * config.vocab_size
 
 
-def print_decode(bench: Bench, read_rate: float, repeats: int) -> None:
-    layers, head = matmul_parameters(bench.config)
+def decode_floor_ms(bench: Bench, num_keys: int, read_rate: float) -> float:
+    """Of a step that attends to so many keys in all: its weights and its KV are read once."""
     itemsize = 2 if bench.on_gpu else 4
+    num_bytes = sum(matmul_parameters(bench.config)) * itemsize
+    return 1e3 * (num_bytes + num_keys * bench.layout.bytes_per_token) / read_rate
+
+
+def print_decode(bench: Bench, read_rate: float, repeats: int) -> None:
     print("\ndecode         ctx   graph ms    step ms   floor ms   graph/floor")
     batches = [b for b in BATCHES if b <= bench.limits.max_num_seqs]
     contexts = [c for c in CONTEXTS if c <= bench.limits.max_model_len]
@@ -360,8 +359,7 @@ def print_decode(bench: Bench, read_rate: float, repeats: int) -> None:
             if plan is None:
                 print(f"B={batch:<4} {context:>9}   (the pool holds fewer blocks)")
                 continue
-            num_bytes = (layers + head) * itemsize + batch * context * bench.layout.bytes_per_token
-            floor = 1e3 * num_bytes / read_rate
+            floor = decode_floor_ms(bench, batch * context, read_rate)
             graph, step = bench.decode(plan, repeats)
             print(
                 f"B={batch:<4} {context:>9} {graph:>10.3f} {step:>10.3f} {floor:>10.3f}"
@@ -371,8 +369,6 @@ def print_decode(bench: Bench, read_rate: float, repeats: int) -> None:
 
 def print_uneven(bench: Bench, read_rate: float, repeats: int) -> None:
     """What one long row costs its batch: the steps of the interference experiment."""
-    layers, head = matmul_parameters(bench.config)
-    itemsize = 2 if bench.on_gpu else 4
     print("\nuneven rows           graph ms    step ms   floor ms   graph/floor")
     for name, contexts in UNEVEN.items():
         if len(contexts) > bench.limits.max_num_seqs:
@@ -381,8 +377,7 @@ def print_uneven(bench: Bench, read_rate: float, repeats: int) -> None:
         if plan is None:
             print(f"{name:<20} (the pool holds fewer blocks)")
             continue
-        num_bytes = (layers + head) * itemsize + sum(contexts) * bench.layout.bytes_per_token
-        floor = 1e3 * num_bytes / read_rate
+        floor = decode_floor_ms(bench, sum(contexts), read_rate)
         graph, step = bench.decode(plan, repeats)
         print(f"{name:<18} {graph:>10.3f} {step:>10.3f} {floor:>10.3f} {graph / floor:>10.2f}")
 

@@ -26,6 +26,7 @@ from pdrelay.engine.cuda_engine import build_engine, prepare_backend
 from pdrelay.engine.kernels.gpu import TorchKernels, gathered_prefill
 from pdrelay.engine.models import build_model
 from pdrelay.engine.startup_clock import StartupClock
+from pdrelay.engine.step import RemoteSlots
 from pdrelay.engine.step_executor import StepLimits
 from pdrelay.engine.warmup import warm_up
 
@@ -124,13 +125,6 @@ def test_graphs_give_what_eager_gives(engine, monkeypatch):
     assert serve(engine.runner, requests(5)) == graphs
 
 
-class Remote:
-    """A second pool here stands for a peer's."""
-
-    def __init__(self, pool, slots):
-        self.tensor, self.slots = pool, slots
-
-
 def prompt_step(length):
     scheduler = Scheduler(
         SchedulerConfig(16, 1024, BLOCK_SIZE),
@@ -200,7 +194,7 @@ def test_prefill_graphs_that_store_into_a_peers_pool(engine):
             slots[: length // 3] = -1  # it has the first
             assert executor.prefill_graphs.bucket_of(length, peer) is not None
             peer.zero_()
-            with_peer = runner.launch(plan, None, Remote(peer, slots)).result().token_ids
+            with_peer = runner.launch(plan, None, RemoteSlots(peer, slots)).result().token_ids
             pages = pages_of(pool, plan)
             alone = runner.launch(plan, None, None).result().token_ids
             assert with_peer == alone and torch.equal(pages, pages_of(pool, plan))
