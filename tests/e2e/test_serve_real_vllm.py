@@ -42,6 +42,25 @@ def truth(model, tmp_path_factory):
         return [tokens(server, prompt) for prompt in PROMPTS]
 
 
+def assert_both_apis_agree(server, greedy):
+    """With log-probabilities: /v1/completions, without: /inference/v1/generate."""
+    for asked in (
+        {"temperature": 0, "stop_token_ids": [greedy[3]]},
+        {"temperature": 0, "stop_token_ids": [greedy[0]], "min_tokens": 2},
+        {"temperature": 0.8, "seed": 3, "top_p": 0.9, "top_k": 40, "min_p": 0.01},
+        {"temperature": 1, "seed": 4, "presence_penalty": 0.7, "frequency_penalty": 0.3},
+        {"temperature": 1, "seed": 5, "repetition_penalty": 1.3, "logit_bias": {"97": 3.0}},
+    ):
+        fields = {"prompt": PROMPTS[0], "max_tokens": 12, **asked}
+        by_generate, by_completions = (
+            post(server, **fields, **more)[1] for more in ({}, {"logprobs": 0})
+        )
+        for key in ("token_ids", "text", "finish_reason", "stop_reason"):
+            seen = [answer["choices"][0][key] for answer in (by_generate, by_completions)]
+            assert seen[0] == seen[1], (asked, key)
+        assert by_generate["usage"]["completion_tokens"] > 1
+
+
 def test_one_instance_says_what_the_native_engine_says(model, truth, tmp_path):
     with vllm(tmp_path, model) as server:
         with ThreadPoolExecutor() as pool:
@@ -54,11 +73,13 @@ def test_one_instance_says_what_the_native_engine_says(model, truth, tmp_path):
         assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", full[3])
         assert all(logprob <= 0 for logprob in choice["logprobs"]["token_logprobs"])
         assert post(server, prompt=PROMPTS[0], max_tokens=1)[1]["usage"]["completion_tokens"] == 1
+        assert_both_apis_agree(server, full)
         status, answer = post(server, prompt="x" * 2000)
         assert status == 400
 
         worker = server.info["workers"][0]
         assert worker["resolved"]["engine"] == "vllm"
+        assert worker["resolved"]["api_path"] == "/inference/v1/generate"
         pids = worker["pids"]
         assert len(pids) >= 2, "the server and its engine core"
         os.kill(max(pids), signal.SIGKILL)  # the youngest: what computes

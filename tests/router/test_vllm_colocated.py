@@ -14,8 +14,14 @@ from pdrelay.router.vllm_stats import read_stats
 PROMPT = [1, 2, 3, 4]
 
 
-async def test_tokens_are_relayed_whole_and_streamed(tmp_path):
-    async with vllm_front_door(log_path=tmp_path / "log") as door:
+@pytest.fixture(params=[True, False], ids=["generate", "completions"])
+def scale_out(request):
+    """Whether the instances have /inference/v1/generate."""
+    return request.param
+
+
+async def test_tokens_are_relayed_whole_and_streamed(tmp_path, scale_out):
+    async with vllm_front_door(scale_out=scale_out, log_path=tmp_path / "log") as door:
         choice = await door.complete(PROMPT, max_tokens=6, temperature=0)
         assert choice["token_ids"] == expected_tokens(PROMPT, 6)
         assert choice["text"] == bytes(choice["token_ids"]).decode()
@@ -31,8 +37,8 @@ async def test_tokens_are_relayed_whole_and_streamed(tmp_path):
         assert first["num_cached_tokens"] == 3
 
 
-async def test_every_sampling_parameter_is_sent_and_nothing_else():
-    async with vllm_front_door(api_key="secret") as door:
+async def test_every_sampling_parameter_is_sent_and_nothing_else(scale_out):
+    async with vllm_front_door(scale_out=scale_out, api_key="secret") as door:
         await door.complete(
             PROMPT,
             max_tokens=3,
@@ -78,9 +84,18 @@ async def test_every_sampling_parameter_is_sent_and_nothing_else():
             "skip_special_tokens": False,
             "stream": True,
             "stream_options": {"include_usage": True},
-            "return_token_ids": True,
             "cache_salt": "salt",
+            **({"tokens_only": True} if scale_out else {"return_token_ids": True}),
         }
+
+
+async def test_each_request_takes_the_api_that_answers_it(scale_out):
+    async with vllm_front_door(scale_out=scale_out) as door:
+        for asked in ({}, {"logprobs": 1}, {"echo": True, "logprobs": 0}):
+            await door.complete([65, 66, 67], max_tokens=2, **asked)
+        sent = door.fakes["replica-0"].requests
+        by_generate = [request.get("tokens_only", False) for request in sent]
+        assert by_generate == [scale_out, False, False]
 
 
 async def test_no_seed_is_sent_unless_the_client_gave_one():
@@ -90,8 +105,8 @@ async def test_no_seed_is_sent_unless_the_client_gave_one():
         assert all("seed" not in sent for sent in door.fakes["replica-0"].requests)
 
 
-async def test_text_across_tokens_stop_strings_and_end_of_sequence():
-    async with vllm_front_door() as door:
+async def test_text_across_tokens_stop_strings_and_end_of_sequence(scale_out):
+    async with vllm_front_door(scale_out=scale_out) as door:
         fake = door.fakes["replica-0"]
         fake.spell = (len(PROMPT), "naïve €uro".encode())
         whole = await door.complete(PROMPT, max_tokens=50)
@@ -156,8 +171,8 @@ async def test_chat_is_rendered_here():
         (504, 504, "deadline_exceeded"),
     ],
 )
-async def test_refusals_keep_their_meaning(status, ours, code):
-    async with vllm_front_door() as door:
+async def test_refusals_keep_their_meaning(status, ours, code, scale_out):
+    async with vllm_front_door(scale_out=scale_out) as door:
         door.fakes["replica-0"].refuse = (status, "because")
         got, answer = await door.post("/v1/completions", {"prompt": PROMPT, "max_tokens": 2})
         assert (got, answer["error"]["code"]) == (ours, code)
@@ -166,8 +181,8 @@ async def test_refusals_keep_their_meaning(status, ours, code):
         await door.idle()
 
 
-async def test_stream_that_breaks_off_is_an_error_event_and_no_done():
-    async with vllm_front_door() as door:
+async def test_stream_that_breaks_off_is_an_error_event_and_no_done(scale_out):
+    async with vllm_front_door(scale_out=scale_out) as door:
         fake = door.fakes["replica-0"]
         body = {"prompt": PROMPT, "max_tokens": 8}
         fake.fail_at = 3
@@ -181,16 +196,16 @@ async def test_stream_that_breaks_off_is_an_error_event_and_no_done():
         await door.idle()
 
 
-async def test_an_engine_without_token_ids_is_told_apart():
-    async with vllm_front_door() as door:
+async def test_an_engine_without_token_ids_is_told_apart(scale_out):
+    async with vllm_front_door(scale_out=scale_out) as door:
         door.fakes["replica-0"].without_ids = True
         status, answer = await door.post("/v1/completions", {"prompt": PROMPT, "max_tokens": 2})
         assert status == 500
         assert "token ids" in answer["error"]["message"]
 
 
-async def test_a_client_that_leaves_ends_the_engines_request():
-    async with vllm_front_door() as door:
+async def test_a_client_that_leaves_ends_the_engines_request(scale_out):
+    async with vllm_front_door(scale_out=scale_out) as door:
         fake = door.fakes["replica-0"]
         fake.stall()
         body = {"prompt": PROMPT, "max_tokens": 8}
@@ -293,7 +308,7 @@ async def test_a_server_of_another_kind_never_becomes_ready_and_says_so():
 
 async def test_a_bug_in_one_request_is_its_own_error():
     async with vllm_front_door() as door:
-        door.clients["replica-0"]._api.body = lambda request, leg: 1 / 0
+        door.clients["replica-0"]._api.call = lambda request, leg: 1 / 0
         status, answer = await door.post("/v1/completions", {"prompt": PROMPT})
         assert (status, answer["error"]["code"]) == (500, "internal_error")
         await door.idle()

@@ -23,6 +23,9 @@ WAYS = [
     {"connector": "pdrelay", "dispatch": "sequential", "announced": False},
     {"connector": "pdrelay", "dispatch": "concurrent"},
     {"connector": "pdrelay", "dispatch": "auto"},
+    # by /v1/completions, where /inference/v1/generate is switched off
+    {"connector": "nixl", "scale_out": False},
+    {"connector": "pdrelay", "dispatch": "auto", "scale_out": False},
 ]
 PENALTIES = {"presence_penalty": 0.5}
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from pdrelay.core.endpoint import HttpEndpoint
 from pdrelay.core.messages import Ready, Role
+from pdrelay.doctor.version import Version, in_range, parse_version
 from pdrelay.integrations import bearer
 from pdrelay.integrations.bearer import KEY_VARIABLE
 from pdrelay.launch.external_driver import ExternalDriver, import_path
@@ -27,6 +28,7 @@ OWNED = (  # chosen here: not to be given in --engine-args
 )
 _KV_ROLES = {Role.PREFILL: "kv_producer", Role.DECODE: "kv_consumer"}
 _LEASE_S = 30
+_GENERATE_IS_OPTIONAL: Version = (0, 30, 0)  # before, /inference/v1/generate is always there
 _KEEP_ALIVE_S = "75"  # idle connections of the front door are not to be cut under it
 _CPU_KV_GIB = "1"
 _FLASHINFER_SAMPLER = "VLLM_USE_FLASHINFER_SAMPLER"
@@ -53,6 +55,8 @@ class VllmDriver(ExternalDriver):
         # The front door sends every sampling parameter: no defaults of the directory's.
         args += ["--generation-config", "vllm", "--enable-prompt-tokens-details"]
         args += ["--disable-uvicorn-access-log", "--dtype", resolved.dtype]
+        if in_range(parse_version(plan.version), _GENERATE_IS_OPTIONAL, None):
+            args += ["--enable-scale-out"]
         if plan.api_key:
             args += ["--middleware", f"{bearer.__name__}.{bearer.RequireKey.__name__}"]
         if resolved.load_format == "dummy":

@@ -11,7 +11,7 @@ import msgspec
 from pdrelay.core.clock import monotonic_ns
 from pdrelay.core.endpoint import HttpEndpoint
 from pdrelay.core.messages import EngineRequest, WorkerStats
-from pdrelay.router import sglang_api, vllm_api, vllm_stats
+from pdrelay.router import sglang_api, vllm_api, vllm_stats, vllm_tokens_api
 from pdrelay.router.piece import Leg, Piece
 
 
@@ -24,20 +24,33 @@ class Facts:
     version: str | None = None
 
 
+@dataclass(frozen=True)
+class Call:
+    """One leg of a request as an engine takes it."""
+
+    path: str
+    body: bytes
+    read: Callable[[bytes], Piece]  # of the answer: each event's data in order, or the whole body
+
+
 class EngineApi(Protocol):
     """One instance's dialect."""
 
-    path: str  # of generation
+    paths: tuple[str, ...]  # of generation; what follows the first not every version has
     fact_paths: tuple[str, ...]
     stats_path: str  # "" where there is none
+
+    @property
+    def path(self) -> str:
+        """Of `paths`: where ordinary requests go."""
 
     def read_facts(self, answers: Mapping[str, bytes | None]) -> Facts:
         """From the bodies of `fact_paths`. Raises ValueError for what is not the engine's."""
 
-    def body(self, request: EngineRequest, leg: Leg) -> bytes: ...
+    def read_refusals(self, statuses: Mapping[str, int]) -> None:
+        """HTTP status of an empty object posted to each of `paths` but the first; 0 for none."""
 
-    def reader(self) -> Callable[[bytes], Piece]:
-        """Reads the answer of one call: each event's data in order, or the whole body."""
+    def call(self, request: EngineRequest, leg: Leg) -> Call: ...
 
     def read_stats(self, body: bytes) -> WorkerStats: ...
 
@@ -62,12 +75,17 @@ def _first_model(models: bytes | None) -> _Model | None:
 
 
 class VllmApi:
-    path: str = vllm_api.COMPLETIONS
+    paths: tuple[str, ...] = (vllm_api.COMPLETIONS, vllm_tokens_api.GENERATE)
     fact_paths: tuple[str, ...] = ("/v1/models", "/version")
     stats_path: str = "/metrics"
 
     def __init__(self) -> None:
         self._model = ""
+        self._takes_tokens = False
+
+    @property
+    def path(self) -> str:
+        return vllm_tokens_api.GENERATE if self._takes_tokens else vllm_api.COMPLETIONS
 
     def read_facts(self, answers: Mapping[str, bytes | None]) -> Facts:
         models, version = (answers[path] for path in self.fact_paths)
@@ -80,11 +98,16 @@ class VllmApi:
             version=msgspec.json.decode(version, type=_Version).version if version else None,
         )
 
-    def body(self, request: EngineRequest, leg: Leg) -> bytes:
-        return vllm_api.body(self._model, request, leg)
+    def read_refusals(self, statuses: Mapping[str, int]) -> None:
+        """Missing is 404, switched off 403; what is there finds the object wanting."""
+        self._takes_tokens = statuses[vllm_tokens_api.GENERATE] in (400, 422)
 
-    def reader(self) -> Callable[[bytes], Piece]:
-        return vllm_api.read_piece
+    def call(self, request: EngineRequest, leg: Leg) -> Call:
+        if self._takes_tokens and vllm_tokens_api.serves(request):
+            body = vllm_tokens_api.body(self._model, request, leg)
+            return Call(vllm_tokens_api.GENERATE, body, vllm_tokens_api.read_piece)
+        body = vllm_api.body(self._model, request, leg)
+        return Call(vllm_api.COMPLETIONS, body, vllm_api.read_piece)
 
     def read_stats(self, body: bytes) -> WorkerStats:
         return vllm_stats.read_stats(body, monotonic_ns())
@@ -92,6 +115,7 @@ class VllmApi:
 
 class SglangApi:
     path: str = sglang_api.GENERATE
+    paths: tuple[str, ...] = (path,)
     fact_paths: tuple[str, ...] = ("/v1/models", "/server_info")
     stats_path: str = ""
 
@@ -104,11 +128,11 @@ class SglangApi:
             version=msgspec.json.decode(server, type=_Version).version if server else None,
         )
 
-    def body(self, request: EngineRequest, leg: Leg) -> bytes:
-        return sglang_api.body(request, leg)
+    def read_refusals(self, statuses: Mapping[str, int]) -> None:
+        pass
 
-    def reader(self) -> Callable[[bytes], Piece]:
-        return sglang_api.StreamReader()
+    def call(self, request: EngineRequest, leg: Leg) -> Call:
+        return Call(sglang_api.GENERATE, sglang_api.body(request, leg), sglang_api.StreamReader())
 
     def read_stats(self, body: bytes) -> WorkerStats:
         return WorkerStats()

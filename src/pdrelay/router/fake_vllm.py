@@ -56,6 +56,7 @@ class FakeVllm(FakeServer):
         api_key: str = "",
         world: FakeWorld | None = None,
         step_s: float = 0.0,
+        scale_out: bool = True,  # --enable-scale-out: /inference/v1/generate is there
     ) -> None:
         super().__init__(
             model=model,
@@ -66,12 +67,14 @@ class FakeVllm(FakeServer):
         )
         self.connector = connector
         self.world = world or FakeWorld()
+        self.scale_out = scale_out
 
     def routes(self) -> list[web.RouteDef]:
         return [
             web.get("/version", self._version),
             web.get("/metrics", self._metrics),
             web.post("/v1/completions", self._completions),
+            web.post("/inference/v1/generate", self._generate),
         ]
 
     async def _version(self, request: web.Request) -> web.Response:
@@ -90,11 +93,28 @@ class FakeVllm(FakeServer):
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         self.authorize(request)
+        return await self._answer(request, await request.json())
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        """Its request becomes one of completions, in `requests` too; its choices are less."""
+        self.authorize(request)
         body = await request.json()
+        if not self.scale_out:
+            return _error(403, "Scale-out endpoints are disabled.")
+        if not {"token_ids", "sampling_params"} <= body.keys():
+            return _error(400, "Field required")
+        sampling = body.pop("sampling_params")
+        assert sampling.pop("detokenize") is False
+        extra = sampling.pop("extra_args", {})
+        prompt = body.pop("token_ids")
+        return await self._answer(
+            request, {**body, **sampling, **extra, "prompt": prompt, "tokens_only": True}
+        )
+
+    async def _answer(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         self.requests.append(body)
         if self.refuse is not None:
-            status, message = self.refuse
-            return web.json_response({"error": {"message": message, "code": status}}, status=status)
+            return _error(*self.refuse)
         self.running += 1
         try:
             prompt = await self._load(body)
@@ -186,7 +206,7 @@ class FakeVllm(FakeServer):
                 return response
             tokens.append(self.token(prompt, i))
             choice = self._choice(body, prompt, [tokens[-1]], i)
-            if i == 0:
+            if i == 0 and "tokens_only" not in body:
                 choice["prompt_token_ids"] = prompt
             if body.get("logprobs") is not None:
                 choice["logprobs"] = self._logprobs(body["logprobs"], [tokens[-1]])
@@ -205,12 +225,10 @@ class FakeVllm(FakeServer):
     ) -> dict[str, Any]:
         stops = i + 1 > body.get("min_tokens", 0) and new[-1] in body.get("stop_token_ids", ())
         ended = "stop" if stops else "length" if i + 1 == body["max_tokens"] else None
-        choice: dict[str, Any] = {
-            "index": 0,
-            "text": "".join(map(chr, new)),
-            "finish_reason": ended,
-            "stop_reason": new[-1] if stops else None,
-        }
+        choice: dict[str, Any] = {"index": 0, "finish_reason": ended}
+        if "tokens_only" not in body:
+            choice["text"] = "".join(map(chr, new))
+            choice["stop_reason"] = new[-1] if stops else None
         if not self.without_ids:
             choice["token_ids"] = list(new)
         return choice
@@ -228,6 +246,10 @@ class FakeVllm(FakeServer):
         own = {"logprob": -1.5, "rank": 2, "decoded_token": chr(token)}
         best = {"logprob": -0.5, "rank": 1, "decoded_token": "!"}
         return {str(token): own, str(token + 1): best}
+
+
+def _error(status: int, message: str) -> web.Response:
+    return web.json_response({"error": {"message": message, "code": status}}, status=status)
 
 
 def _event(body: dict[str, Any]) -> bytes:

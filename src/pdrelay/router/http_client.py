@@ -45,7 +45,7 @@ from pdrelay.errors import (
     RequestError,
     WorkerLostError,
 )
-from pdrelay.router.engine_api import EngineApi, api_of
+from pdrelay.router.engine_api import Call, EngineApi, api_of
 from pdrelay.router.engine_client import Listener, Observer
 from pdrelay.router.engine_errors import error_text
 from pdrelay.router.http_pd import HandOvers, Work
@@ -88,7 +88,7 @@ class HttpEngineClient:
         self._observer: Observer | None = None
         self._endpoint: HttpEndpoint | None = None
         self._api: EngineApi | None = None
-        self._target: Target | None = None
+        self._targets: dict[str, Target] = {}  # by path
         self._headers: dict[str, str] = {}
         self._watcher: asyncio.Task[None] | None = None
         self._calls: dict[str, asyncio.Task[None]] = {}
@@ -149,7 +149,9 @@ class HttpEngineClient:
         self._headers = {"Content-Type": "application/json"}
         if endpoint.api_key:
             self._headers["Authorization"] = f"Bearer {endpoint.api_key}"
-        self._target = Target.of(endpoint.url + self._api.path, self._headers)
+        self._targets = {
+            path: Target.of(endpoint.url + path, self._headers) for path in self._api.paths
+        }
         self._reason = "is starting"
         self._watcher = asyncio.get_running_loop().create_task(self._watch())
 
@@ -212,6 +214,18 @@ class HttpEngineClient:
                     self._refuses = True
         return None
 
+    async def _refusal_of(self, path: str) -> int:
+        """The status of an answer to an empty object; 0 without one."""
+        with contextlib.suppress(OSError, ValueError, TimeoutError):
+            async with (
+                asyncio.timeout(_PROBE_S),
+                self._session.wires.post(self._targets[path], b"{}") as answer,
+            ):
+                status = await answer.status()
+                await answer.read_all(_MAX_ERROR_BYTES)
+                return status
+        return 0
+
     async def _learn(self) -> bool:
         """What the instance says of itself completes what the launcher knew. False when it does
         not talk like its engine."""
@@ -224,7 +238,8 @@ class HttpEngineClient:
         except ValueError as error:
             self._reason = f"is no {self.endpoint.engine} server: {_one_line(error)}"
             return False
-        resolved = dict(given.resolved)
+        api.read_refusals({path: await self._refusal_of(path) for path in api.paths[1:]})
+        resolved = {**given.resolved, "api_path": api.path}
         if facts.version:
             resolved["engine_version"] = facts.version
         self.ready = msgspec.structs.replace(
@@ -301,10 +316,10 @@ class HttpEngineClient:
 
     async def once(self, request: EngineRequest, leg: Leg) -> Piece:
         """A whole response. Raises RequestError, OSError, ValueError."""
-        async with self._post(request, leg) as answer:
+        call = self._call(request, leg)
+        async with self._post(call) as answer:
             data = await answer.read_all()
-        assert self._api is not None
-        piece = self._api.reader()(data)
+        piece = call.read(data)
         if piece.error:
             raise WorkerLostError(f"{self.instance}: {piece.error}")
         return piece
@@ -314,8 +329,9 @@ class HttpEngineClient:
         WorkerLostError when the stream ends early."""
         finished = False
         held: Piece | None = None  # the last tokens, until what follows tells the cached ones
-        async with self._post(request, leg) as answer:
-            async for piece in self._pieces(answer):
+        call = self._call(request, leg)
+        async with self._post(call) as answer:
+            async for piece in self._pieces(call, answer):
                 if held is not None:
                     piece, held = join(held, piece), None
                 elif piece.finish_reason is not None and leg.wants_usage:
@@ -329,9 +345,7 @@ class HttpEngineClient:
         if not finished:
             raise WorkerLostError(f"{self.instance} ended its answer early; try again")
 
-    async def _pieces(self, answer: Wire) -> AsyncGenerator[Piece, None]:
-        assert self._api is not None
-        read_piece = self._api.reader()
+    async def _pieces(self, call: Call, answer: Wire) -> AsyncGenerator[Piece, None]:
         rest = b""
         while data := await answer.read():
             self._last_heard_s = time.monotonic()
@@ -339,17 +353,19 @@ class HttpEngineClient:
             for event in events:
                 if not event.startswith(_DATA) or event.endswith(_DONE):
                     continue
-                piece = read_piece(event[len(_DATA) :])
+                piece = call.read(event[len(_DATA) :])
                 if piece.error:
                     raise WorkerLostError(f"{self.instance}: {piece.error}")
                 yield piece
 
+    def _call(self, request: EngineRequest, leg: Leg) -> Call:
+        assert self._api is not None
+        return self._api.call(request, leg)
+
     @contextlib.asynccontextmanager
-    async def _post(self, request: EngineRequest, leg: Leg) -> AsyncIterator[Wire]:
+    async def _post(self, call: Call) -> AsyncIterator[Wire]:
         """Raises RequestError for any status but 200."""
-        api, target = self._api, self._target
-        assert api is not None and target is not None
-        async with self._session.wires.post(target, api.body(request, leg)) as answer:
+        async with self._session.wires.post(self._targets[call.path], call.body) as answer:
             status = await answer.status()
             if status != 200:
                 body = await answer.read_all(_MAX_ERROR_BYTES)

@@ -19,7 +19,7 @@ from pdrelay.router.piece import Leg, Piece, prompt_json
 COMPLETIONS = "/v1/completions"
 _INT63 = (1 << 63) - 1
 _SEED_STEP = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: neighbours' seeds stay apart
-_FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
+FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 
 
 class _Logprobs(msgspec.Struct):
@@ -45,13 +45,18 @@ class _Details(msgspec.Struct):
     cached_tokens: int | None = None
 
 
-class _Usage(msgspec.Struct):
+class Usage(msgspec.Struct):
     prompt_tokens_details: _Details | None = None
+
+    @property
+    def num_cached_tokens(self) -> int | None:
+        details = self.prompt_tokens_details
+        return None if details is None else details.cached_tokens
 
 
 class _Body(msgspec.Struct):
     choices: list[_Choice] = []
-    usage: _Usage | None = None
+    usage: Usage | None = None
     error: EngineError | None = None
     kv_transfer_params: dict[str, Any] | None = None
 
@@ -62,34 +67,13 @@ _DECODER = msgspec.json.Decoder(_Body)
 def body(model: str, request: EngineRequest, leg: Leg) -> bytes:
     """The JSON body of one leg of a request."""
     params = request.params
-    prompt = leg.prompt_json or prompt_json(request)
-    if leg.more_prompt:
-        prompt = b"%b,%b" % (prompt[:-1], msgspec.json.encode(leg.more_prompt)[1:])
     fields: dict[str, Any] = {
         "model": model,
-        "prompt": msgspec.Raw(prompt),
-        "max_tokens": leg.max_tokens,
-        "min_tokens": leg.min_tokens,
-        "temperature": params.temperature,
-        "top_p": params.top_p,
-        "top_k": params.top_k,
-        "min_p": params.min_p,
-        "repetition_penalty": params.repetition_penalty,
+        "prompt": prompt(request, leg),
         "stream": leg.stream,
         "return_token_ids": True,
-        # The front door says which ids end a request, the model's own included.
-        "ignore_eos": True,
-        "stop_token_ids": params.terminal_token_ids,
-        "skip_special_tokens": False,
+        **sampling(request, leg),
     }
-    if params.presence_penalty:
-        fields["presence_penalty"] = params.presence_penalty
-    if params.frequency_penalty:
-        fields["frequency_penalty"] = params.frequency_penalty
-    if params.logit_bias:
-        fields["logit_bias"] = {str(token): bias for token, bias in params.logit_bias.items()}
-    if not params.greedy and (params.client_seed or leg.needs_seed):
-        fields["seed"] = seed(params.seed, leg)
     if params.logprobs is not None:
         fields["logprobs"] = params.logprobs
         fields["return_tokens_as_token_ids"] = True
@@ -104,6 +88,41 @@ def body(model: str, request: EngineRequest, leg: Leg) -> bytes:
     return msgspec.json.encode(fields)
 
 
+def prompt(request: EngineRequest, leg: Leg) -> msgspec.Raw:
+    """Its ids, and those that another instance has given already, as a JSON list."""
+    ids = leg.prompt_json or prompt_json(request)
+    if leg.more_prompt:
+        ids = b"%b,%b" % (ids[:-1], msgspec.json.encode(leg.more_prompt)[1:])
+    return msgspec.Raw(ids)
+
+
+def sampling(request: EngineRequest, leg: Leg) -> dict[str, Any]:
+    """vLLM's sampling parameters of a leg, log-probabilities aside."""
+    params = request.params
+    fields: dict[str, Any] = {
+        "max_tokens": leg.max_tokens,
+        "min_tokens": leg.min_tokens,
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "top_k": params.top_k,
+        "min_p": params.min_p,
+        "repetition_penalty": params.repetition_penalty,
+        # The front door says which ids end a request, the model's own included.
+        "ignore_eos": True,
+        "stop_token_ids": params.terminal_token_ids,
+        "skip_special_tokens": False,
+    }
+    if params.presence_penalty:
+        fields["presence_penalty"] = params.presence_penalty
+    if params.frequency_penalty:
+        fields["frequency_penalty"] = params.frequency_penalty
+    if params.logit_bias:
+        fields["logit_bias"] = {str(token): bias for token, bias in params.logit_bias.items()}
+    if not params.greedy and (params.client_seed or leg.needs_seed):
+        fields["seed"] = seed(params.seed, leg)
+    return fields
+
+
 def seed(seed: int, leg: Leg) -> int:
     """Of a leg. One that continues after token 1 must not draw token 1's noise again."""
     return (seed + (_SEED_STEP if leg.more_prompt else 0)) & _INT63
@@ -115,8 +134,8 @@ def read_piece(data: bytes) -> Piece:
     if message.error is not None:
         return Piece(error=message.error.message or "the engine reported an error")
     piece = Piece(kv_transfer_params=message.kv_transfer_params)
-    if message.usage is not None and message.usage.prompt_tokens_details is not None:
-        piece.num_cached_tokens = message.usage.prompt_tokens_details.cached_tokens
+    if message.usage is not None:
+        piece.num_cached_tokens = message.usage.num_cached_tokens
     if not message.choices:
         return piece
     choice = message.choices[0]
@@ -124,7 +143,7 @@ def read_piece(data: bytes) -> Piece:
         raise ValueError("it carries no token ids (vLLM 0.11 and later give them)")
     piece.token_ids = choice.token_ids
     if choice.finish_reason is not None:
-        piece.finish_reason = _FINISH.get(choice.finish_reason)
+        piece.finish_reason = FINISH.get(choice.finish_reason)
         if piece.finish_reason is None:
             return Piece(error=f"the engine ended the request: {choice.finish_reason}")
         if piece.finish_reason == "stop":
