@@ -42,6 +42,12 @@ def sampler_environment(has_flashinfer: bool) -> dict[str, str]:
     return {_FLASHINFER_SAMPLER: "0"}
 
 
+def generate_arguments(version: str) -> list[str]:
+    """What makes a release serve /inference/v1/generate."""
+    optional = in_range(parse_version(version), _GENERATE_IS_OPTIONAL, None)
+    return ["--enable-scale-out"] if optional else []
+
+
 class VllmDriver(ExternalDriver):
     """Versions 0.23 to 0.33."""
 
@@ -55,8 +61,7 @@ class VllmDriver(ExternalDriver):
         # The front door sends every sampling parameter: no defaults of the directory's.
         args += ["--generation-config", "vllm", "--enable-prompt-tokens-details"]
         args += ["--disable-uvicorn-access-log", "--dtype", resolved.dtype]
-        if in_range(parse_version(plan.version), _GENERATE_IS_OPTIONAL, None):
-            args += ["--enable-scale-out"]
+        args += generate_arguments(plan.version)
         if plan.api_key:
             args += ["--middleware", f"{bearer.__name__}.{bearer.RequireKey.__name__}"]
         if resolved.load_format == "dummy":
