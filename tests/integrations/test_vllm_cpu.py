@@ -13,7 +13,8 @@ import random
 import subprocess
 import tempfile
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import aiohttp
@@ -38,9 +39,11 @@ ENGINE_ARGS = (
     *("--num-gpu-blocks-override", str(NUM_BLOCKS)),
     *("--max-model-len", "8192"),
 )
-LONG = 8_000  # tokens whose prefill takes seconds: room to abort and kill in the middle
+LONG = 8_000  # tokens whose prefill takes dozens of steps: room to abort and kill in the middle
+ATTEMPTS = 10  # to stop an engine in the middle
 LEASE_S = 3.0
 WAIT_S = 300.0
+TOLD_S = 60.0  # half of D's own deadline for a load
 
 
 def prompt_of(seed: int, length: int) -> list[int]:
@@ -154,13 +157,33 @@ async def test_same_tokens_as_one_instance(pd, session):
 
 
 async def test_same_tokens_when_the_consumer_preempts(pd, session):
-    """More sequences than blocks: what was handed over is computed again."""
+    """More sequences than blocks: what was handed over is computed again.
+
+    P begins when D has reserved blocks for all prompts, so that however slow P is, none can get to
+    its end in the blocks that are left.
+    """
     p, d = pd
-    prompts = [prompt_of(400 + i, 500) for i in range(16)]
-    seen = await asyncio.gather(
-        *(concurrent(session, p.url, d.url, p.address, prompt, 400) for prompt in prompts)
+    count, length, more = 16, 570, 400
+    reserved = count * -(-length // BLOCK)
+    left = NUM_BLOCKS - 1 - reserved  # vLLM keeps one for itself
+    assert 0 <= left < (length + more) // BLOCK - -(-length // BLOCK)
+    before = (await d.metrics(session))["vllm:num_preemptions_total"]
+    prompts = [prompt_of(400 + i, length) for i in range(count)]
+    ids = [uuid.uuid4().hex for _ in prompts]
+    at_d = [
+        started(session, d, prompt, to_consumer(t, p.address), more)
+        for t, prompt in zip(ids, prompts, strict=True)
+    ]
+    await d.until(session, lambda m: used_blocks(m) > reserved - 0.5, "waiting for all prompts")
+    firsts = await asyncio.gather(
+        *(
+            complete(session, p.url, prompt, 1, to_producer(t))
+            for t, prompt in zip(ids, prompts, strict=True)
+        )
     )
-    assert (await d.metrics(session))["vllm:num_preemptions_total"] > 0
+    seen = [tokens_of(answer) for answer in await asyncio.gather(*at_d)]
+    assert [tokens_of(first) for first in firsts] == [tokens[:1] for tokens in seen]
+    assert (await d.metrics(session))["vllm:num_preemptions_total"] > before
     await same_as_alone(session, p, prompts, seen)
     await d.until_idle(session)
 
@@ -168,14 +191,15 @@ async def test_same_tokens_when_the_consumer_preempts(pd, session):
 async def test_same_tokens_when_decodes_crowd_the_producer(pd, session):
     """Decodes of its own take P's blocks, and preempt it."""
     p, d = pd
+    before = (await p.metrics(session))["vllm:num_preemptions_total"]
     crowd = [started(session, p, prompt_of(500 + i, 1500), None, 1500) for i in range(4)]
-    await p.until_running(session)
+    await until_running(session, p, crowd[0])
     prompts = [prompt_of(450 + i, 900) for i in range(10)]
     seen = await asyncio.gather(
         *(concurrent(session, p.url, d.url, p.address, prompt, 12) for prompt in prompts)
     )
     await asyncio.gather(*crowd)
-    assert (await p.metrics(session))["vllm:num_preemptions_total"] > 0
+    assert (await p.metrics(session))["vllm:num_preemptions_total"] > before
     await same_as_alone(session, p, prompts, seen)
     await d.until_idle(session)
 
@@ -234,8 +258,74 @@ def started(session, instance: VllmInstance, prompt, params, max_tokens=4) -> as
     return asyncio.create_task(complete(session, instance.url, prompt, max_tokens, params))
 
 
-async def until_waiting(session, d: VllmInstance) -> None:
-    await d.until(session, lambda m: m["vllm:num_requests_waiting"] >= 1, "waiting for KV")
+async def until_waiting(session, d: VllmInstance, count: int = 1) -> None:
+    await d.until(session, lambda m: m["vllm:num_requests_waiting"] >= count, "waiting for KV")
+
+
+async def leave_and_be_missed(session, instance: VllmInstance, task: asyncio.Task) -> None:
+    """Its HTTP server has told its engine, which may be stopped."""
+
+    def answered(metrics: dict[str, float]) -> float:
+        return metrics.get("http_requests_total", 0)  # not there before the first
+
+    before = answered(await instance.metrics(session))
+    assert not task.done()
+    await leave(task)
+    await instance.until(session, lambda m: answered(m) > before, "told that its client left")
+
+
+async def refused(task: asyncio.Task) -> None:
+    """Because P said so, or is gone, not because D has waited for long enough."""
+    with pytest.raises(Refused):
+        await asyncio.wait_for(task, TOLD_S)
+
+
+def used_blocks(metrics: dict[str, float]) -> float:
+    return metrics["vllm:kv_cache_usage_perc"] * (NUM_BLOCKS - 1)
+
+
+async def until_running(session, instance: VllmInstance, task: asyncio.Task) -> None:
+    """Or until it has run."""
+    await instance.until(
+        session, lambda m: m["vllm:num_requests_running"] >= 1 or task.done(), "running"
+    )
+
+
+async def handing_over(
+    session, p: VllmInstance, d: VllmInstance, seed: int
+) -> tuple[asyncio.Task, asyncio.Task]:
+    """P computes a LONG prompt that D waits for: P's request and D's."""
+    transfer_id, prompt = uuid.uuid4().hex, prompt_of(seed, LONG)
+    at_d = started(session, d, prompt, to_consumer(transfer_id, p.address))
+    await until_waiting(session, d)
+    at_p = started(session, p, prompt, to_producer(transfer_id), 1)
+    await until_running(session, p, at_p)
+    return at_p, at_d
+
+
+Begin = Callable[[int], Awaitable[Sequence[asyncio.Task]]]
+
+
+@contextlib.asynccontextmanager
+async def halfway(
+    session, instance: VllmInstance, begin: Begin, seed: int, length: int = LONG
+) -> AsyncIterator[Sequence[asyncio.Task]]:
+    """What `begin` starts with a seed, while the engine of the instance, which runs one request of
+    `length` tokens, is stopped before it has half of them.
+
+    Where that came too late, all ends as usual, and another is begun: vLLM may be fast, and this
+    process have no CPU for seconds.
+    """
+    for attempt in range(ATTEMPTS):
+        tasks = await begin(seed + 10_000 * attempt)
+        with instance.engine_stopped():
+            seen = await instance.metrics(session)
+            if seen["vllm:num_requests_running"] >= 1 and used_blocks(seen) < length / BLOCK / 2:
+                yield tasks
+                return
+        await asyncio.gather(*tasks)
+        await instance.until_idle(session)
+    raise AssertionError(f"too late each of {ATTEMPTS} times")
 
 
 async def test_client_leaves_before_the_prefill(pd, session):
@@ -252,14 +342,12 @@ async def test_client_leaves_before_the_prefill(pd, session):
 
 @pytest.mark.vllm_ci
 async def test_client_leaves_in_mid_prefill(pd, session):
+    """D has its blocks back before P's next chunk."""
     p, d = pd
-    transfer_id, prompt = uuid.uuid4().hex, prompt_of(82, LONG)
-    at_p = started(session, p, prompt, to_producer(transfer_id), 1)
-    at_d = started(session, d, prompt, to_consumer(transfer_id, p.address))
-    await p.until_running(session)
-    await until_waiting(session, d)
-    await leave(at_d)
-    await d.until_idle(session)
+    begin = partial(handing_over, session, p, d)
+    async with halfway(session, p, begin, 82) as (at_p, at_d):
+        await leave(at_d)
+        await d.until_idle(session)
     await at_p
     await both_serve_and_are_idle(session, p, d, 83)
 
@@ -267,29 +355,31 @@ async def test_client_leaves_in_mid_prefill(pd, session):
 @pytest.mark.vllm_ci
 async def test_producers_client_leaves_in_mid_prefill(pd, session):
     p, d = pd
-    transfer_id, prompt = uuid.uuid4().hex, prompt_of(84, LONG)
-    at_p = started(session, p, prompt, to_producer(transfer_id), 1)
-    at_d = started(session, d, prompt, to_consumer(transfer_id, p.address))
-    await p.until_running(session)
-    await until_waiting(session, d)
-    await leave(at_p)
-    with pytest.raises(Refused):
-        await at_d
+    begin = partial(handing_over, session, p, d)
+    async with halfway(session, p, begin, 84) as (at_p, at_d):
+        await leave_and_be_missed(session, p, at_p)
+    await refused(at_d)
     await both_serve_and_are_idle(session, p, d, 85)
 
 
 async def test_producers_client_leaves_before_the_prefill(pd, session):
     p, d = pd
-    busy = started(session, p, prompt_of(184, LONG), None, 1)
-    await p.until_running(session)
-    transfer_id, prompt = uuid.uuid4().hex, prompt_of(185, 500)
-    at_p = started(session, p, prompt, to_producer(transfer_id), 1)
-    at_d = started(session, d, prompt, to_consumer(transfer_id, p.address))
-    await p.until(session, lambda m: m["vllm:num_requests_waiting"] >= 1, "queueing")
-    await until_waiting(session, d)
-    await leave(at_p)
-    with pytest.raises(Refused):
-        await at_d
+
+    async def queueing(seed: int) -> tuple[asyncio.Task, ...]:
+        transfer_id, prompt = uuid.uuid4().hex, prompt_of(seed, 500)
+        at_d = started(session, d, prompt, to_consumer(transfer_id, p.address))
+        await until_waiting(session, d)
+        busy = started(session, p, prompt_of(seed + 1, LONG), None, 1)
+        await until_running(session, p, busy)
+        at_p = started(session, p, prompt, to_producer(transfer_id), 1)
+        await p.until(
+            session, lambda m: m["vllm:num_requests_waiting"] >= 1 or at_p.done(), "queueing"
+        )
+        return at_p, at_d, busy
+
+    async with halfway(session, p, queueing, 184) as (at_p, at_d, busy):
+        await leave_and_be_missed(session, p, at_p)
+    await refused(at_d)
     await busy
     await both_serve_and_are_idle(session, p, d, 186)
 
@@ -305,11 +395,16 @@ async def test_client_leaves_between_prefill_and_decode(pd, session):
 @pytest.mark.vllm_ci
 async def test_client_leaves_in_mid_decode(pd, session):
     p, d = pd
-    transfer_id, prompt = uuid.uuid4().hex, prompt_of(88, 300)
-    await complete(session, p.url, prompt, 1, to_producer(transfer_id))
-    at_d = started(session, d, prompt, to_consumer(transfer_id, p.address), 4000)
-    await d.until_running(session)
-    await leave(at_d)
+
+    async def decoding(seed: int) -> tuple[asyncio.Task]:
+        transfer_id, prompt = uuid.uuid4().hex, prompt_of(seed, 300)
+        await complete(session, p.url, prompt, 1, to_producer(transfer_id))
+        at_d = started(session, d, prompt, to_consumer(transfer_id, p.address), 4000)
+        await until_running(session, d, at_d)
+        return (at_d,)
+
+    async with halfway(session, d, decoding, 88, length=300 + 4000) as (at_d,):
+        await leave_and_be_missed(session, d, at_d)
     await both_serve_and_are_idle(session, p, d, 89)
 
 
@@ -336,26 +431,18 @@ async def test_both_leave_many_times(pd, session):
 async def test_producer_killed_in_mid_transfer(pd, session):
     """D fails what it waited for, serves on, and takes KV from the restarted producer."""
     p, d = pd
-    prompts = [prompt_of(90 + i, LONG) for i in range(2)]
-    ids = [uuid.uuid4().hex for _ in prompts]
-    at_p = [
-        started(session, p, prompt, to_producer(t), 1)
-        for t, prompt in zip(ids, prompts, strict=True)
-    ]
-    at_d = [
-        started(session, d, prompt, to_consumer(t, p.address))
-        for t, prompt in zip(ids, prompts, strict=True)
-    ]
-    await p.until_running(session)
-    await until_waiting(session, d)
-    p.kill()
-    for task in at_d:
-        with pytest.raises(Refused):
-            await task
-    await asyncio.gather(*at_p, return_exceptions=True)
+    begin = partial(handing_over, session, p, d)
+    async with halfway(session, p, begin, 90) as (at_p, at_d):
+        params = to_consumer(uuid.uuid4().hex, p.address)
+        behind = started(session, d, prompt_of(91, LONG), params)  # D has no blocks for it yet
+        await until_waiting(session, d, 2)
+        p.kill()
+    await refused(at_d)
+    await refused(behind)
+    await asyncio.gather(at_p, return_exceptions=True)
     await d.until_idle(session)
     with pytest.raises(Refused):  # nobody listens: it fails at once
-        await complete(session, d.url, prompts[0], 4, to_consumer("late", p.address))
+        await complete(session, d.url, prompt_of(92, LONG), 4, to_consumer("late", p.address))
     assert len(tokens_of(await complete(session, d.url, prompt_of(95, 100), 4))) == 4
     p.start()
     await p.healthy(session)
@@ -382,13 +469,9 @@ async def test_failed_load_is_recomputed_where_vllm_is_told_so(pd, session, dire
         expected = tokens_of(await complete(session, p.url, prompt, 8))
         params = to_consumer("nobody", str(directory / "nobody.sock"))
         assert tokens_of(await complete(session, again.url, prompt, 8, params)) == expected
-        long = prompt_of(98, LONG)
-        transfer_id = uuid.uuid4().hex
-        at_p = started(session, p, long, to_producer(transfer_id), 1)
-        at_d = started(session, again, long, to_consumer(transfer_id, p.address))
-        await p.until_running(session)
-        await until_waiting(session, again)
-        p.kill()
+        begin = partial(handing_over, session, p, again)
+        async with halfway(session, p, begin, 98) as (at_p, at_d):
+            p.kill()
         assert len(tokens_of(await at_d)) == 4
         await asyncio.gather(at_p, return_exceptions=True)
         await again.until_idle(session)

@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import aiohttp
@@ -19,6 +19,7 @@ import pdrelay
 
 START_S = 400.0  # a loaded machine of two cores
 STOP_S = 60.0
+HALT_S = 10.0  # from SIGSTOP to its effect
 _ENV = {
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -32,6 +33,20 @@ def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
+
+
+def state_and_parent(pid: int) -> tuple[str, int]:
+    """As in proc(5), ("", 0) if there is no such process."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return "", 0
+    return fields[0], int(fields[1])
+
+
+def children_of(parent: int) -> list[int]:
+    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    return [pid for pid in pids if state_and_parent(pid)[1] == parent]
 
 
 class VllmInstance:
@@ -93,6 +108,24 @@ class VllmInstance:
             self._process.wait(STOP_S)
         self.kill()
 
+    @contextlib.contextmanager
+    def engine_stopped(self) -> Iterator[None]:
+        """Its scheduler stands still and begins no step; its HTTP server and its worker go on."""
+        assert self._process is not None
+        engine = children_of(self._process.pid)  # the worker is the engine's child
+        try:
+            for pid in engine:
+                os.kill(pid, signal.SIGSTOP)
+            end = time.monotonic() + HALT_S
+            while any(state_and_parent(pid)[0] != "T" for pid in engine):
+                assert time.monotonic() < end, "the engine does not stop"
+                time.sleep(0.001)
+            yield
+        finally:
+            for pid in engine:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+
     def tail(self) -> str:
         return self.log.read_text(errors="replace")[-4000:]
 
@@ -137,9 +170,6 @@ class VllmInstance:
             await asyncio.sleep(0.02)
         shown = {k: v for k, v in seen.items() if "requests" in k or "kv_cache_usage" in k}
         raise AssertionError(f"{self.log.stem}: not {what} after {timeout_s:g} s: {shown}")
-
-    async def until_running(self, session: aiohttp.ClientSession) -> None:
-        await self.until(session, lambda m: m["vllm:num_requests_running"] >= 1, "running")
 
     async def until_idle(self, session: aiohttp.ClientSession) -> None:
         """No request, and every block given back."""
