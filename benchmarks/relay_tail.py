@@ -93,7 +93,7 @@ async def run_native_ranks(fds: list[int], step_s: float, log: SendLog) -> None:
     """One replica, or producer and consumer, each behind its socket. A producer answers at once."""
     from pdrelay.core.channel import Channel
     from pdrelay.core.messages import Expect, Prefill, Role, StepResult, Submit, ToWorker
-    from pdrelay.router.fake import FakeEngine
+    from pdrelay.router.fakes.native import FakeEngine
 
     *producers, last = fds
     roles = [Role.PREFILL] * len(producers) + [Role.DECODE if producers else Role.BOTH]
@@ -142,7 +142,7 @@ async def run_native_ranks(fds: list[int], step_s: float, log: SendLog) -> None:
 
 async def run_vllm(step_s: float, log: SendLog) -> None:
     """A fake vLLM server whose streams all step at once. Long prompts get their tokens at once."""
-    from pdrelay.router.fake_vllm import FakeVllm
+    from pdrelay.router.fakes.vllm import FakeVllm
 
     class SteppedVllm(FakeVllm):
         def token(self, prompt: Sequence[int], i: int) -> int:
@@ -272,20 +272,21 @@ def _long_request(*args: Any) -> bool:
 
 _FRONT_DOOR = (
     ("aiohttp.web_protocol:RequestHandler", "data_received", "read", _long_bytes),
-    ("pdrelay.router.generate", "decode_body", "JSON", _long_bytes),
-    ("pdrelay.router.generate", "completion_prompts", "JSON", None),
-    ("pdrelay.router.token_list:TokenLists", "_extend", "JSON", _long_bytes),
+    ("pdrelay.router.openai.generate", "decode_body", "JSON", _long_bytes),
+    ("pdrelay.router.openai.generate", "completion_prompts", "JSON", None),
+    ("pdrelay.router.openai.token_list:TokenLists", "_extend", "JSON", _long_bytes),
     ("pdrelay.model.tokenizer:HfTokenizer", "encode", "tokenize", None),
-    ("pdrelay.router.generate", "completion_job", "job", None),
-    ("pdrelay.router.generate", "pack_ids", "to array", None),
-    ("pdrelay.router.generate:Generator", "_submit", "submit", None),
+    ("pdrelay.router.openai.generate", "completion_job", "job", None),
+    ("pdrelay.router.openai.generate", "pack_ids", "to array", None),
+    ("pdrelay.router.openai.generate:Generator", "_submit", "submit", None),
     ("pdrelay.router.policy:PrefixIndex", "keys", "prefix keys", _long_request),
     ("pdrelay.router.cluster:Cluster", "pick", "route", _long_request),
     ("pdrelay.router.engine_client:StreamEngineClient", "send", "to ranks", _long_request),
-    ("pdrelay.router.http_client:HttpEngineClient", "send", "to ranks", _long_request),
-    ("pdrelay.router.vllm_api", "body", "HTTP body", None),
+    ("pdrelay.router.engines.http_client:HttpEngineClient", "send", "to ranks", _long_request),
+    ("pdrelay.router.engines.vllm_api", "body", "HTTP body", None),
+    ("pdrelay.router.engines.vllm_tokens_api", "body", "HTTP body", None),
     ("aiohttp.client_reqrep:ClientRequest", "__init__", "HTTP request", None),
-    ("pdrelay.router.http_wire:Wire", "send", "HTTP request", _long_bytes),
+    ("pdrelay.router.engines.http_wire:Wire", "send", "HTTP request", _long_bytes),
     ("asyncio.selector_events:_SelectorSocketTransport", "write", "write", _long_bytes),
     ("pdrelay.router.flow:Flow", "on_step", "tokens", None),
     ("pdrelay.router.event_log:EventLog", "append", "event log", None),

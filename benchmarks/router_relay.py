@@ -41,7 +41,7 @@ RUN_S = 300.0
 async def run_engine(fd: int, instance: str, step_s: float) -> None:
     from pdrelay.core.channel import Channel
     from pdrelay.core.messages import Role, ToWorker
-    from pdrelay.router.fake import FakeEngine
+    from pdrelay.router.fakes.native import FakeEngine
 
     channel: Channel[Any] = Channel(socket.socket(fileno=fd), ToWorker)
     engine = FakeEngine(
@@ -89,9 +89,9 @@ def http_clients(urls: list[str]) -> list[Any]:
     from pdrelay.core.endpoint import HttpEndpoint
     from pdrelay.core.kv_layout import KVLayout
     from pdrelay.core.messages import Ready, Role
-    from pdrelay.router.http_client import HttpEngineClient
-    from pdrelay.router.http_pd import HandOvers, PdrelayStyle
-    from pdrelay.router.http_session import HttpSession
+    from pdrelay.router.engines.http_client import HttpEngineClient
+    from pdrelay.router.engines.http_pd import HandOvers, PdrelayStyle
+    from pdrelay.router.engines.http_session import HttpSession
 
     layout = KVLayout(
         num_layers=1, num_blocks=0, block_size=16, num_kv_heads=1, head_dim=2, dtype="float32"
@@ -215,7 +215,7 @@ def processes(step_ms: float) -> Iterator[tuple[str, int, str]]:
 @contextlib.contextmanager
 def http_processes(step_ms: float, num: int) -> Iterator[tuple[str, int, str]]:
     """(URL, pid) of a front door over `num` fake vLLM servers, and the URL of one of these."""
-    fake = [sys.executable, "-m", "pdrelay.router.fake_vllm", "--port", "0"]
+    fake = [sys.executable, "-m", "pdrelay.router.fakes.vllm", "--port", "0"]
     fake += ["--step-ms", str(step_ms), "--max-model-len", "16384"]
     engines = [subprocess.Popen(fake, stdout=subprocess.PIPE, text=True) for _ in range(num)]
     started = list(engines)

@@ -32,8 +32,8 @@ from pdrelay.core.token_ids import pack_ids
 from pdrelay.launch.engine_version import find_engine
 from pdrelay.launch.vllm_driver import generate_arguments
 from pdrelay.model.shape_dir import write_shape_dir
-from pdrelay.router.engine_api import Call, VllmApi
-from pdrelay.router.piece import Leg
+from pdrelay.router.engines.engine_api import Call, VllmApi
+from pdrelay.router.engines.piece import Leg
 
 START_S = 400.0
 MODEL = "tiny"

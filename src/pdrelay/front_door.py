@@ -26,11 +26,11 @@ from pdrelay.router.bridge import Bridge
 from pdrelay.router.cluster import Cluster
 from pdrelay.router.config import ModelInfo, RouterConfig
 from pdrelay.router.engine_client import StreamEngineClient
+from pdrelay.router.engines.http_client import HttpEngineClient
+from pdrelay.router.engines.http_pd import HandOvers, NixlStyle, PdrelayStyle, SglangStyle, Style
+from pdrelay.router.engines.http_session import HttpSession
 from pdrelay.router.event_log import EventLog
 from pdrelay.router.gpu_metrics import GpuMetrics
-from pdrelay.router.http_client import HttpEngineClient
-from pdrelay.router.http_pd import HandOvers, NixlStyle, PdrelayStyle, SglangStyle, Style
-from pdrelay.router.http_session import HttpSession
 from pdrelay.router.introductions import MEET_TIMEOUT_S
 from pdrelay.router.metrics import Metrics
 from pdrelay.router.server import make_runner

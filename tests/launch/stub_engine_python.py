@@ -55,9 +55,9 @@ def main() -> int:
             return 1
         case "hang":
             time.sleep(600)
-    from pdrelay.router.fake_server import run_fake
-    from pdrelay.router.fake_sglang import FakeSglang
-    from pdrelay.router.fake_vllm import FakeVllm
+    from pdrelay.router.fakes.server import run_fake
+    from pdrelay.router.fakes.sglang import FakeSglang
+    from pdrelay.router.fakes.vllm import FakeVllm
 
     kind = FakeSglang if sys.argv[2].startswith("sglang") else FakeVllm
     return run_fake(kind, sys.argv[3:], os.environ.get("PDRELAY_ENGINE_KEY", ""))

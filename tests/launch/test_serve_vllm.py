@@ -214,7 +214,7 @@ def test_attached_instances_are_routed_to_and_left_running(tmp_path):
         for _ in range(2):
             engine = stack.enter_context(
                 subprocess.Popen(
-                    [sys.executable, "-m", "pdrelay.router.fake_vllm", "--port", "0"],
+                    [sys.executable, "-m", "pdrelay.router.fakes.vllm", "--port", "0"],
                     stdout=subprocess.PIPE,
                     text=True,
                 )

@@ -20,13 +20,13 @@ from pdrelay.core.messages import Ready, Role
 from pdrelay.router.app import FLOW, build_app
 from pdrelay.router.cluster import Cluster
 from pdrelay.router.config import RouterConfig
+from pdrelay.router.engines.http_client import HttpEngineClient
+from pdrelay.router.engines.http_pd import HandOvers, NixlStyle, PdrelayStyle, SglangStyle, Style
+from pdrelay.router.engines.http_session import HttpSession
 from pdrelay.router.event_log import EventLog
-from pdrelay.router.fake_server import FakeServer
-from pdrelay.router.fake_sglang import FakeRooms, FakeSglang
-from pdrelay.router.fake_vllm import FakeVllm, FakeWorld
-from pdrelay.router.http_client import HttpEngineClient
-from pdrelay.router.http_pd import HandOvers, NixlStyle, PdrelayStyle, SglangStyle, Style
-from pdrelay.router.http_session import HttpSession
+from pdrelay.router.fakes.server import FakeServer
+from pdrelay.router.fakes.sglang import FakeRooms, FakeSglang
+from pdrelay.router.fakes.vllm import FakeVllm, FakeWorld
 from pdrelay.router.server import make_runner
 
 LAYOUT = KVLayout(

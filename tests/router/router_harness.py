@@ -20,7 +20,13 @@ from pdrelay.router.app import FLOW, build_app
 from pdrelay.router.cluster import Cluster
 from pdrelay.router.config import ModelInfo, RouterConfig
 from pdrelay.router.event_log import EventLog
-from pdrelay.router.fake import FakeEngine, FakeEngineClient, TokenOf, fake_cluster, fake_token
+from pdrelay.router.fakes.native import (
+    FakeEngine,
+    FakeEngineClient,
+    TokenOf,
+    fake_cluster,
+    fake_token,
+)
 from pdrelay.router.flow import Flow
 from pdrelay.router.server import make_runner
 

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdrelay.model.tokenizer import byte_level_tokenizer
-from pdrelay.router.detokenizer import Detokenizer
+from pdrelay.router.openai.detokenizer import Detokenizer
 
 TOKENIZER = byte_level_tokenizer()
 TEXTS = st.text(alphabet="abé ", max_size=24)

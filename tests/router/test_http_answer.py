@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from pdrelay.router.http_answer import AnswerParser
+from pdrelay.router.engines.http_answer import AnswerParser
 
 BODY = b'data: {"a": 1}\n\n' * 9
 LENGTH = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(BODY), BODY)

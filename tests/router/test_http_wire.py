@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pdrelay.router.http_wire import Target, Wires
+from pdrelay.router.engines.http_wire import Target, Wires
 
 WAIT_S = 10.0
 HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -86,7 +86,7 @@ async def test_requests_at_once_have_connections_of_their_own() -> None:
 async def test_no_connection_that_was_idle_for_long_is_used(monkeypatch: Any) -> None:
     async with running(say_ok) as (server, target, wires):
         await ask(wires, target)
-        monkeypatch.setattr("pdrelay.router.http_wire.IDLE_S", 0.0)
+        monkeypatch.setattr("pdrelay.router.engines.http_wire.IDLE_S", 0.0)
         await ask(wires, target)
         assert [number for number, _, _ in server.requests] == [1, 2]
         await server.lost.wait()

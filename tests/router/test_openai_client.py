@@ -10,7 +10,7 @@ from pdrelay.core.messages import Expect, Prefill, Submit
 from pdrelay.core.token_ids import pack_ids
 from pdrelay.model.generation_config import GenerationConfig
 from pdrelay.model.tokenizer import byte_level_tokenizer
-from pdrelay.router.fake import fake_token
+from pdrelay.router.fakes.native import fake_token
 
 TOPOLOGIES = pytest.mark.parametrize("topology", [REPLICA, PD], ids=["replica", "pd"])
 TOKENIZER = byte_level_tokenizer()

@@ -9,7 +9,7 @@ from pdrelay.core.sampling_params import SamplingParams
 from pdrelay.core.token_ids import pack_ids
 from pdrelay.errors import WorkerLostError
 from pdrelay.router.cluster import Cluster, Lease
-from pdrelay.router.fake import FakeEngine, FakeEngineClient
+from pdrelay.router.fakes.native import FakeEngine, FakeEngineClient
 from pdrelay.router.policy import Load, PrefixAffinity, PrefixIndex, least_loaded
 
 INSTANCES = ["a", "b", "c"]

@@ -117,7 +117,7 @@ def test_event_log_that_cannot_be_opened(tmp_path) -> None:
 
 def test_the_front_door_imports_no_torch() -> None:
     code = (
-        "import sys, pdrelay.router.app, pdrelay.router.fake, pdrelay.router.bridge, "
+        "import sys, pdrelay.router.app, pdrelay.router.fakes.native, pdrelay.router.bridge, "
         "pdrelay.model.tokenizer, pdrelay.router.server\n"
         "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     )

@@ -9,7 +9,7 @@ from http_harness import sglang_front_door
 from router_harness import PD, until
 
 from pdrelay.core.messages import Role
-from pdrelay.router.fake_server import expected_tokens
+from pdrelay.router.fakes.server import expected_tokens
 
 PROMPT = [1, 2, 3, 4]
 INCREMENTAL = pytest.mark.parametrize("incremental", [False, True], ids=["cumulative", "delta"])

@@ -27,7 +27,7 @@ from pdrelay.core.token_ids import pack_ids
 from pdrelay.errors import WorkerLostError
 from pdrelay.router.bridge import Bridge
 from pdrelay.router.engine_client import StreamEngineClient
-from pdrelay.router.fake import FakeEngine
+from pdrelay.router.fakes.native import FakeEngine
 
 
 class Recorder:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from pdrelay.errors import InvalidRequestError
-from pdrelay.router.protocol import CompletionRequest, decode_body
-from pdrelay.router.token_list import TokenLists
-from pdrelay.router.validate import completion_prompts
+from pdrelay.router.openai.protocol import CompletionRequest, decode_body
+from pdrelay.router.openai.token_list import TokenLists
+from pdrelay.router.openai.validate import completion_prompts
 
 VOCAB = 128_256
 LENGTHS = (1, 2, 100, 3000, 8192, 20_000)

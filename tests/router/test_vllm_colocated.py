@@ -8,8 +8,8 @@ import pytest
 from http_harness import vllm_front_door
 from router_harness import until
 
-from pdrelay.router.fake_server import expected_tokens
-from pdrelay.router.vllm_stats import read_stats
+from pdrelay.router.engines.vllm_stats import read_stats
+from pdrelay.router.fakes.server import expected_tokens
 
 PROMPT = [1, 2, 3, 4]
 

@@ -13,8 +13,8 @@ from pdrelay.core.messages import Abort, EngineRequest, Role
 from pdrelay.core.sampling_params import SamplingParams
 from pdrelay.core.token_ids import pack_ids
 from pdrelay.errors import WorkerLostError
-from pdrelay.router.fake_server import expected_tokens, token_at
-from pdrelay.router.http_pd import HandOvers
+from pdrelay.router.engines.http_pd import HandOvers
+from pdrelay.router.fakes.server import expected_tokens, token_at
 
 PROMPT = [1, 2, 3, 4]
 WAYS = [

@@ -19,15 +19,15 @@ from pdrelay.router.cluster import Cluster
 from pdrelay.router.config import ModelInfo, RouterConfig
 from pdrelay.router.event_log import EventLog
 from pdrelay.router.flow import Flow
-from pdrelay.router.generate import Generator
-from pdrelay.router.http_errors import (
+from pdrelay.router.metrics import CONTENT_TYPE, Metrics
+from pdrelay.router.openai.errors import (
     ModelNotFoundError,
     UnauthorizedError,
     error_response,
     from_http_exception,
 )
-from pdrelay.router.metrics import CONTENT_TYPE, Metrics
-from pdrelay.router.tokenize import TokenizeEndpoints
+from pdrelay.router.openai.generate import Generator
+from pdrelay.router.openai.tokenize import TokenizeEndpoints
 
 FLOW: web.AppKey[Flow] = web.AppKey("flow", Flow)
 METRICS: web.AppKey[Metrics] = web.AppKey("metrics", Metrics)

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from pdrelay.core.endpoint import HttpEndpoint
 from pdrelay.router.engine_client import Observer, StreamEngineClient
-from pdrelay.router.http_client import HttpEngineClient
+from pdrelay.router.engines.http_client import HttpEngineClient
 
 
 class SupervisedInstance(Observer, Protocol):

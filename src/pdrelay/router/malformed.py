@@ -11,7 +11,7 @@ from typing import Any, Self
 from aiohttp import web
 
 from pdrelay.errors import RequestError
-from pdrelay.router.http_errors import MalformedHttpError, error_response
+from pdrelay.router.openai.errors import MalformedHttpError, error_response
 
 _MAX_MESSAGE_CHARS = 200
 

@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from pdrelay.core.token_ids import TokenIds, pack_ids
-from pdrelay.router.protocol import decode_field
+from pdrelay.router.openai.protocol import decode_field
 
 _SLICE_BYTES = 1 << 15  # some 5,000 ids: 0.1 ms
 

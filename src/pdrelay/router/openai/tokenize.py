@@ -7,10 +7,10 @@ from aiohttp import web
 
 from pdrelay.errors import InvalidRequestError
 from pdrelay.model.chat_template import ChatTemplate
-from pdrelay.router.body import check_model, encode, read_body
 from pdrelay.router.config import ModelInfo, RouterConfig
-from pdrelay.router.protocol import DetokenizeRequest, TokenizeRequest, decode_body
-from pdrelay.router.validate import render_chat
+from pdrelay.router.openai.body import check_model, encode, read_body
+from pdrelay.router.openai.protocol import DetokenizeRequest, TokenizeRequest, decode_body
+from pdrelay.router.openai.validate import render_chat
 
 
 class Tokenized(msgspec.Struct):

@@ -3,7 +3,7 @@
 A producer keeps a request until the consumer with its room has come, as real ones do; a consumer
 waits for its producer. As a process, which pairs with nobody:
 
-    python -m pdrelay.router.fake_sglang --port 8100 [any other argument of SGLang's server]
+    python -m pdrelay.router.fakes.sglang --port 8100 [any other argument of SGLang's server]
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from aiohttp import web
 
 from pdrelay.core.messages import Role
-from pdrelay.router.fake_server import FakeServer, run_fake
+from pdrelay.router.fakes.server import FakeServer, run_fake
 
 
 class FakeRooms:

@@ -14,9 +14,9 @@ from typing import Any
 import msgspec
 
 from pdrelay.core.messages import EngineRequest
-from pdrelay.router import vllm_api
-from pdrelay.router.engine_errors import EngineError
-from pdrelay.router.piece import Leg, Piece
+from pdrelay.router.engines import vllm_api
+from pdrelay.router.engines.engine_errors import EngineError
+from pdrelay.router.engines.piece import Leg, Piece
 
 GENERATE = "/inference/v1/generate"
 

@@ -11,8 +11,8 @@ import msgspec
 from pdrelay.core.clock import monotonic_ns
 from pdrelay.core.endpoint import HttpEndpoint
 from pdrelay.core.messages import EngineRequest, WorkerStats
-from pdrelay.router import sglang_api, vllm_api, vllm_stats, vllm_tokens_api
-from pdrelay.router.piece import Leg, Piece
+from pdrelay.router.engines import sglang_api, vllm_api, vllm_stats, vllm_tokens_api
+from pdrelay.router.engines.piece import Leg, Piece
 
 
 @dataclass(frozen=True)

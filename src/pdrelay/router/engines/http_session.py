@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import aiohttp
 
-from pdrelay.router.http_wire import CONNECT_S, IDLE_S, Wires
+from pdrelay.router.engines.http_wire import CONNECT_S, IDLE_S, Wires
 
 _READ_BYTES = 1 << 18
 

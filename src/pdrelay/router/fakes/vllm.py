@@ -2,7 +2,7 @@
 
 It runs in the process of a test, or as one:
 
-    python -m pdrelay.router.fake_vllm --port 8100 [any other argument of vLLM's server]
+    python -m pdrelay.router.fakes.vllm --port 8100 [any other argument of vLLM's server]
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from aiohttp import web
 
-from pdrelay.router.fake_server import FakeServer, run_fake
+from pdrelay.router.fakes.server import FakeServer, run_fake
 
 
 @dataclass

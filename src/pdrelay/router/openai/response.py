@@ -10,9 +10,9 @@ import abc
 import asyncio
 
 from pdrelay.errors import RequestError
-from pdrelay.router.choice import Choice, Delta
-from pdrelay.router.formats import DONE, Format, error_event, usage_of
-from pdrelay.router.validate import Job
+from pdrelay.router.openai.choice import Choice, Delta
+from pdrelay.router.openai.formats import DONE, Format, error_event, usage_of
+from pdrelay.router.openai.validate import Job
 
 
 class Response(abc.ABC):

@@ -45,13 +45,13 @@ from pdrelay.errors import (
     RequestError,
     WorkerLostError,
 )
-from pdrelay.router.engine_api import Call, EngineApi, api_of
 from pdrelay.router.engine_client import Listener, Observer
-from pdrelay.router.engine_errors import error_text
-from pdrelay.router.http_pd import HandOvers, Work
-from pdrelay.router.http_session import HttpSession
-from pdrelay.router.http_wire import Target, Wire
-from pdrelay.router.piece import Leg, Piece, join
+from pdrelay.router.engines.engine_api import Call, EngineApi, api_of
+from pdrelay.router.engines.engine_errors import error_text
+from pdrelay.router.engines.http_pd import HandOvers, Work
+from pdrelay.router.engines.http_session import HttpSession
+from pdrelay.router.engines.http_wire import Target, Wire
+from pdrelay.router.engines.piece import Leg, Piece, join
 
 _START_POLL_S = 0.1
 _STATS_S = 2.0

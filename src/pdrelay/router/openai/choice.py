@@ -13,7 +13,7 @@ from pdrelay.core.sampling_params import SamplingParams
 from pdrelay.core.token_ids import TokenIds
 from pdrelay.errors import RequestError
 from pdrelay.model.tokenizer import Tokenizer
-from pdrelay.router.detokenizer import Detokenizer
+from pdrelay.router.openai.detokenizer import Detokenizer
 
 
 class Delta(msgspec.Struct):

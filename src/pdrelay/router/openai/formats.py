@@ -18,10 +18,10 @@ import msgspec
 
 from pdrelay.errors import RequestError
 from pdrelay.model.tokenizer import Tokenizer
-from pdrelay.router.choice import Choice, Delta
-from pdrelay.router.http_errors import error_object
-from pdrelay.router.logprobs import chat_logprobs, completion_logprobs, token_text_of
-from pdrelay.router.validate import Job
+from pdrelay.router.openai.choice import Choice, Delta
+from pdrelay.router.openai.errors import error_object
+from pdrelay.router.openai.logprobs import chat_logprobs, completion_logprobs, token_text_of
+from pdrelay.router.openai.validate import Job
 
 DONE = b"data: [DONE]\n\n"
 _encode = msgspec.json.Encoder().encode

@@ -10,7 +10,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from pdrelay.core.token_ids import TokenIds, pack_ids
 from pdrelay.errors import InvalidRequestError
 from pdrelay.router.config import ModelInfo, RouterConfig
-from pdrelay.router.http_errors import BodyTooLargeError, ModelNotFoundError, SlowBodyError
+from pdrelay.router.openai.errors import BodyTooLargeError, ModelNotFoundError, SlowBodyError
 
 _LONG_BODY = 1 << 14
 

@@ -13,8 +13,8 @@ from typing import Any
 import msgspec
 
 from pdrelay.core.messages import EngineRequest, FinishReason, TokenLogprobs, TopLogprob
-from pdrelay.router.engine_errors import EngineError
-from pdrelay.router.piece import Leg, Piece, prompt_json
+from pdrelay.router.engines.engine_errors import EngineError
+from pdrelay.router.engines.piece import Leg, Piece, prompt_json
 
 COMPLETIONS = "/v1/completions"
 _INT63 = (1 << 63) - 1

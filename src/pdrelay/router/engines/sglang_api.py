@@ -13,8 +13,8 @@ import msgspec
 
 from pdrelay.core.messages import EngineRequest, FinishReason, TokenLogprobs, TopLogprob
 from pdrelay.errors import InvalidRequestError
-from pdrelay.router.engine_errors import EngineError
-from pdrelay.router.piece import Leg, Piece, prompt_json
+from pdrelay.router.engines.engine_errors import EngineError
+from pdrelay.router.engines.piece import Leg, Piece, prompt_json
 
 GENERATE = "/generate"
 _INT31 = (1 << 31) - 1

@@ -13,21 +13,21 @@ from pdrelay.core.messages import EngineRequest
 from pdrelay.core.token_ids import TokenIds
 from pdrelay.errors import OverloadedError
 from pdrelay.model.chat_template import ChatTemplate
-from pdrelay.router.body import check_model, encode, give_way, read_body
-from pdrelay.router.choice import Choice
 from pdrelay.router.config import ModelInfo, RouterConfig
 from pdrelay.router.flow import Flow
-from pdrelay.router.formats import ChatFormat, CompletionFormat, Format
 from pdrelay.router.metrics import Metrics
-from pdrelay.router.protocol import (
+from pdrelay.router.openai.body import check_model, encode, give_way, read_body
+from pdrelay.router.openai.choice import Choice
+from pdrelay.router.openai.formats import ChatFormat, CompletionFormat, Format
+from pdrelay.router.openai.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
     GenerateRequest,
     decode_body,
 )
-from pdrelay.router.response import Response, StreamedResponse, WholeResponse
-from pdrelay.router.token_list import TokenLists
-from pdrelay.router.validate import (
+from pdrelay.router.openai.response import Response, StreamedResponse, WholeResponse
+from pdrelay.router.openai.token_list import TokenLists
+from pdrelay.router.openai.validate import (
     Job,
     Limits,
     Prompt,

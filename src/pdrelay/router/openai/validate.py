@@ -14,15 +14,15 @@ from pdrelay.core.sampling_params import SamplingParams
 from pdrelay.core.token_ids import TokenIds
 from pdrelay.errors import InvalidRequestError
 from pdrelay.model.chat_template import ChatTemplate
-from pdrelay.router.choice import TextOptions
 from pdrelay.router.config import ModelInfo, RouterConfig
-from pdrelay.router.protocol import (
+from pdrelay.router.openai.choice import TextOptions
+from pdrelay.router.openai.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
     GenerateRequest,
     decode_field,
 )
-from pdrelay.router.token_list import TokenLists
+from pdrelay.router.openai.token_list import TokenLists
 
 _MAX_STOP_STRINGS = 64
 _MAX_STOP_CHARS = 1024

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from yarl import URL
 
-from pdrelay.router.http_answer import AnswerParser
+from pdrelay.router.engines.http_answer import AnswerParser
 
 CONNECT_S = 5.0
 IDLE_S = 2.0  # uvicorn cuts connections that were idle for 5 s: never use one that old

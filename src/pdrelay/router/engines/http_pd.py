@@ -34,7 +34,7 @@ from typing import Any, Protocol
 from pdrelay.core.endpoint import Dispatch, HttpEndpoint
 from pdrelay.core.messages import EngineRequest
 from pdrelay.errors import WorkerLostError
-from pdrelay.router.piece import Leg, Piece, prompt_json
+from pdrelay.router.engines.piece import Leg, Piece, prompt_json
 
 _log = logging.getLogger(__name__)
 _NIXL_PRODUCER: dict[str, Any] = {

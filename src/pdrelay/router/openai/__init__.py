@@ -1,0 +1,1 @@
+"""OpenAI's API: requests read and checked, answers written, streamed or whole."""
