@@ -98,6 +98,28 @@ async def test_each_request_takes_the_api_that_answers_it(scale_out):
         assert by_generate == [scale_out, False, False]
 
 
+async def test_an_attached_instance_restarted_without_the_api_serves_on():
+    async with vllm_front_door() as door:
+        fake, client = door.fakes["replica-0"], door.clients["replica-0"]
+        port = int(fake.url.rpartition(":")[2])
+        await door.complete(PROMPT, max_tokens=2)
+        fake.scale_out = False
+        for stream in (False, True):  # before anything was noticed
+            body = {"prompt": PROMPT, "max_tokens": 2, "stream": stream}
+            async with door.session.post(door.url + "/v1/completions", json=body) as response:
+                assert response.status == 200
+        sent = [request.get("tokens_only", False) for request in fake.requests]
+        assert sent == [True, False, False]
+        await fake.stop()
+        await until(lambda: not client.alive)
+        fake.scale_out, fake.version, fake.max_model_len = True, "0.33.0", 99
+        await fake.start(port)
+        await until(lambda: client.ready.resolved["engine_version"] == "0.33.0")
+        assert client.ready.max_model_len == 99
+        await door.complete(PROMPT, max_tokens=2)
+        assert fake.requests[-1]["tokens_only"]
+
+
 async def test_no_seed_is_sent_unless_the_client_gave_one():
     async with vllm_front_door() as door:
         await door.complete(PROMPT, max_tokens=1)

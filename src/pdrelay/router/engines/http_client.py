@@ -180,7 +180,10 @@ class HttpEngineClient:
             await asyncio.sleep(self._ping_interval_s)
         while True:
             await asyncio.sleep(self._ping_interval_s)
+            was_gone = self._refuses
             if await self._answers("/health"):
+                if was_gone:  # an attached instance, restarted by whoever started it
+                    self.ready = await self._described() or self.ready
                 self._last_heard_s = time.monotonic()
                 if self._observer is not None:
                     self._observer.report_alive()
@@ -227,8 +230,20 @@ class HttpEngineClient:
         return 0
 
     async def _learn(self) -> bool:
-        """What the instance says of itself completes what the launcher knew. False when it does
-        not talk like its engine."""
+        """Whether it talks like its engine, which makes it ready."""
+        self.ready = await self._described()
+        if self.ready is None:
+            return False
+        self._last_heard_s = time.monotonic()
+        if self._observer is not None:
+            self._observer.report_ready(self.ready)
+        if self._listener is not None:
+            self._listener.on_ready(self.instance)
+        return True
+
+    async def _described(self) -> Ready | None:
+        """What the instance says of itself completes what the launcher knew. None when it does not
+        talk like its engine."""
         api = self._api
         assert api is not None
         given = self.endpoint.ready
@@ -237,20 +252,14 @@ class HttpEngineClient:
             facts = api.read_facts(answers)
         except ValueError as error:
             self._reason = f"is no {self.endpoint.engine} server: {_one_line(error)}"
-            return False
+            return None
         api.read_refusals({path: await self._refusal_of(path) for path in api.paths[1:]})
         resolved = {**given.resolved, "api_path": api.path}
         if facts.version:
             resolved["engine_version"] = facts.version
-        self.ready = msgspec.structs.replace(
+        return msgspec.structs.replace(
             given, max_model_len=facts.max_model_len or given.max_model_len, resolved=resolved
         )
-        self._last_heard_s = time.monotonic()
-        if self._observer is not None:
-            self._observer.report_ready(self.ready)
-        if self._listener is not None:
-            self._listener.on_ready(self.instance)
-        return True
 
     # ---- calls
 
@@ -316,8 +325,7 @@ class HttpEngineClient:
 
     async def once(self, request: EngineRequest, leg: Leg) -> Piece:
         """A whole response. Raises RequestError, OSError, ValueError."""
-        call = self._call(request, leg)
-        async with self._post(call) as answer:
+        async with self._post(request, leg) as (call, answer):
             data = await answer.read_all()
         piece = call.read(data)
         if piece.error:
@@ -329,8 +337,7 @@ class HttpEngineClient:
         WorkerLostError when the stream ends early."""
         finished = False
         held: Piece | None = None  # the last tokens, until what follows tells the cached ones
-        call = self._call(request, leg)
-        async with self._post(call) as answer:
+        async with self._post(request, leg) as (call, answer):
             async for piece in self._pieces(call, answer):
                 if held is not None:
                     piece, held = join(held, piece), None
@@ -358,19 +365,23 @@ class HttpEngineClient:
                     raise WorkerLostError(f"{self.instance}: {piece.error}")
                 yield piece
 
-    def _call(self, request: EngineRequest, leg: Leg) -> Call:
-        assert self._api is not None
-        return self._api.call(request, leg)
-
     @contextlib.asynccontextmanager
-    async def _post(self, call: Call) -> AsyncIterator[Wire]:
-        """Raises RequestError for any status but 200."""
-        async with self._session.wires.post(self._targets[call.path], call.body) as answer:
-            status = await answer.status()
-            if status != 200:
+    async def _post(self, request: EngineRequest, leg: Leg) -> AsyncIterator[tuple[Call, Wire]]:
+        """By the API that every version has, where the better one turns out to be gone: the
+        instance was restarted without it. Raises RequestError for any status but 200."""
+        api = self._api
+        assert api is not None
+        while True:
+            call = api.call(request, leg)
+            async with self._session.wires.post(self._targets[call.path], call.body) as answer:
+                status = await answer.status()
+                if status == 200:
+                    yield call, answer
+                    return
                 body = await answer.read_all(_MAX_ERROR_BYTES)
+            if status not in (403, 404) or call.path not in api.paths[1:]:
                 raise self._refusal(status, error_text(body))
-            yield answer
+            api.read_refusals({call.path: status})
 
     def _refusal(self, status: int, text: str) -> RequestError:
         text = f"{self.instance} answered {status}: {text}"
