@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
+import urllib.error
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -61,6 +63,23 @@ def assert_both_apis_agree(server, greedy):
         assert by_generate["usage"]["completion_tokens"] > 1
 
 
+def port_of(pids):
+    """Of the instance that these processes are."""
+    for pid in pids:
+        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        if b"--port" in arguments:
+            return int(arguments[arguments.index(b"--port") + 1])
+    raise AssertionError("no process of the instance has a --port")
+
+
+def status_without_key(port, path):
+    url = f"http://127.0.0.1:{port}{path}"
+    request = urllib.request.Request(url, b"{}", {"Content-Type": "application/json"})
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        urllib.request.urlopen(request, timeout=30)
+    return refusal.value.code
+
+
 def test_one_instance_says_what_the_native_engine_says(model, truth, tmp_path):
     with vllm(tmp_path, model) as server:
         with ThreadPoolExecutor() as pool:
@@ -82,6 +101,8 @@ def test_one_instance_says_what_the_native_engine_says(model, truth, tmp_path):
         assert worker["resolved"]["api_path"] == "/inference/v1/generate"
         pids = worker["pids"]
         assert len(pids) >= 2, "the server and its engine core"
+        for path in ("/v1/completions", "/inference/v1/generate"):
+            assert status_without_key(port_of(pids), path) == 401, "it answers the front door alone"
         os.kill(max(pids), signal.SIGKILL)  # the youngest: what computes
         server.wait_health(503, timeout_s=60)
         assert server.stop() == 0

@@ -33,17 +33,19 @@ def key(monkeypatch):
 @pytest.mark.parametrize(
     "header", [(), ((b"authorization", b"Bearer k3"),), ((b"x", b"Bearer k3y"),)]
 )
-async def test_without_the_key_nothing_under_v1_answers(header):
-    start, body = await Asked().ask("/v1/completions", *header)
-    assert start["status"] == 401
-    assert b"Unauthorized" in body["body"]
+async def test_without_the_key_nothing_is_generated_or_told(header):
+    for path in ("/v1/completions", "/inference/v1/generate", "/", "/health/../v1", "/healthy"):
+        start, body = await Asked().ask(path, *header)
+        assert start["status"] == 401
+        assert b"Unauthorized" in body["body"]
     assert (await Asked().ask("/root/v1/x", *header, root="/root"))[0]["status"] == 401
 
 
 async def test_with_the_key_and_where_none_is_needed():
     header = (b"Authorization", b"Bearer k3y")
     assert await Asked().ask("/v1/completions", header) == ["app"]
-    assert await Asked().ask("/health") == ["app"]
+    for path in ("/health", "/metrics", "/metrics/", "/version", "/root/health"):
+        assert await Asked().ask(path, root="/root") == ["app"]
     assert await Asked().ask("", kind="lifespan") == ["app"]
 
 

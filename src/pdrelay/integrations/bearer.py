@@ -1,4 +1,4 @@
-"""An ASGI middleware for vLLM's `--middleware`: only who has our key may ask for completions.
+"""An ASGI middleware for vLLM's `--middleware`: only who has our key may ask for more than health.
 
 vLLM's own `VLLM_API_KEY` says the same, but it is one of the values by which vLLM names its compile
 cache, and is written there: a key that is drawn anew makes every start compile anew.
@@ -12,7 +12,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 KEY_VARIABLE = "PDRELAY_ENGINE_KEY"
-_GUARDED = "/v1"  # as in vLLM: health and metrics are anybody's
+# Anybody's. vLLM guards /v1 alone, and has generation elsewhere, too: /inference/v1/generate.
+_OPEN = ("/health", "/metrics", "/ping", "/version")
 _REFUSAL = b'{"error": "Unauthorized"}'
 
 Message = MutableMapping[str, Any]
@@ -22,7 +23,7 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
 class RequireKey:
-    """401 for what comes under /v1 without `Authorization: Bearer KEY`.
+    """401 without `Authorization: Bearer KEY`, but for health, metrics and version.
 
     Raises KeyError when KEY_VARIABLE is not set: a server without its key must not start open.
     """
@@ -43,7 +44,7 @@ class RequireKey:
 
     def _guarded(self, scope: Message) -> bool:
         path: str = scope["path"].removeprefix(scope.get("root_path", ""))
-        return path.startswith(_GUARDED)
+        return path.rstrip("/") not in _OPEN
 
     def _has_key(self, scope: Message) -> bool:
         given = (value for name, value in scope["headers"] if name.lower() == b"authorization")
