@@ -70,6 +70,25 @@ def tokens(server, prompt, **fields):
     return answer["choices"][0]["token_ids"]
 
 
+def port_of(pids):
+    """Of the instance that these processes are."""
+    for pid in pids:
+        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        if b"--port" in arguments:
+            return int(arguments[arguments.index(b"--port") + 1])
+    raise AssertionError("no process of the instance has a --port")
+
+
+def status_without_key(port, path):
+    url = f"http://127.0.0.1:{port}{path}"
+    request = urllib.request.Request(url, b"{}", {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return response.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
 def gone(pids):
     """Whether all have ended within 30 s."""
     end = time.monotonic() + 30

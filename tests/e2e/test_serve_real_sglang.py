@@ -18,7 +18,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from real_engine import PROMPTS, ask, gone, post, production_server, save_tiny, tokens
+from real_engine import (
+    PROMPTS,
+    ask,
+    gone,
+    port_of,
+    post,
+    production_server,
+    save_tiny,
+    status_without_key,
+    tokens,
+)
 from serve_harness import Server
 
 PYTHON = os.environ.get("PDRELAY_SGLANG_PYTHON", "")
@@ -76,8 +86,7 @@ def worker_of(server, role):
 
 def counted(server, role, name):
     """One of an instance's own counts, over all its labels."""
-    argv = Path(f"/proc/{worker_of(server, role)['pid']}/cmdline").read_text().split("\0")
-    url = f"http://127.0.0.1:{argv[argv.index('--port') + 1]}/metrics"
+    url = f"http://127.0.0.1:{port_of([worker_of(server, role)['pid']])}/metrics"
     with urllib.request.urlopen(url, timeout=10) as response:
         text = response.read().decode()
     return sum(map(float, re.findall(rf"^sglang:{name}\{{.*\}} (\S+)$", text, re.MULTILINE)))
@@ -93,6 +102,8 @@ def says_what_the_native_engine_says(server, native, truth):
     for _ in range(2):  # the second time from the prefix cache
         with ThreadPoolExecutor() as pool:
             assert list(pool.map(lambda prompt: tokens(server, prompt), PROMPTS)) == truth
+    for worker in server.info["workers"]:
+        assert status_without_key(port_of(worker["pids"]), "/generate") == 401
     full = truth[0]
     status, answer = post(server, prompt=PROMPTS[0], stop_token_ids=[full[3]])
     assert status == 200

@@ -10,13 +10,20 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from real_engine import PROMPTS, gone, post, production_server, save_tiny, tokens
+from real_engine import (
+    PROMPTS,
+    gone,
+    port_of,
+    post,
+    production_server,
+    save_tiny,
+    status_without_key,
+    tokens,
+)
 from serve_harness import Server
 
 PYTHON = os.environ.get("PDRELAY_VLLM_PYTHON", "")
@@ -61,23 +68,6 @@ def assert_both_apis_agree(server, greedy):
             seen = [answer["choices"][0][key] for answer in (by_generate, by_completions)]
             assert seen[0] == seen[1], (asked, key)
         assert by_generate["usage"]["completion_tokens"] > 1
-
-
-def port_of(pids):
-    """Of the instance that these processes are."""
-    for pid in pids:
-        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        if b"--port" in arguments:
-            return int(arguments[arguments.index(b"--port") + 1])
-    raise AssertionError("no process of the instance has a --port")
-
-
-def status_without_key(port, path):
-    url = f"http://127.0.0.1:{port}{path}"
-    request = urllib.request.Request(url, b"{}", {"Content-Type": "application/json"})
-    with pytest.raises(urllib.error.HTTPError) as refusal:
-        urllib.request.urlopen(request, timeout=30)
-    return refusal.value.code
 
 
 def test_one_instance_says_what_the_native_engine_says(model, truth, tmp_path):

@@ -253,6 +253,29 @@ def test_a_restarted_sglang_producer_has_another_bootstrap_port():
         assert BOOTSTRAP not in consumer.processes[0].command
 
 
+def test_sglangs_instances_get_a_key_that_no_command_shows():
+    spec = instances(Replicas(1))[0]
+    with sglang_plan("cpu") as plan:
+        plan = replace(plan, api_key="k3y")
+        driver = SglangDriver(plan)
+        launch = driver.launch(spec, 0)
+        (process,) = launch.processes
+        assert launch.control.api_key == "k3y"
+        assert not any("k3y" in text for text in (*process.command, *process.env.values()))
+        file = Path(option(process.command, "--config"))
+        assert json.loads(file.read_text()) == {"api-key": "k3y"}
+        assert file.stat().st_mode & 0o777 == 0o600
+        assert driver.notes() == []
+        external = replace(plan.config.external, engine_args=("--config", "mine.yaml"))
+        with_args = replace(plan, config=replace(plan.config, external=external))
+        for without in (replace(plan, version="0.5.2"), with_args):
+            driver = SglangDriver(without)
+            launch = driver.launch(spec, 0)
+            assert launch.control.api_key == ""
+            assert launch.processes[0].command.count("--config") == (without is with_args)
+            assert "anybody on this host" in driver.notes()[0]
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("users", [{}, {"HOST_IP": "10.0.0.7", "OMP_NUM_THREADS": "2"}])
 def test_the_environment_of_sglang(device, users, monkeypatch):

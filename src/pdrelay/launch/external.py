@@ -105,7 +105,7 @@ def make_driver(
         model_dir=model_dir,
         gpus=_gpus(config, plan.specs, host) if resolved.device == "cuda" else {},
         engine_flags=facts.flags[:1],
-        api_key=secrets.token_urlsafe(24),
+        api_key=secrets.token_hex(24),
         has_flashinfer="flashinfer" in facts.modules,
     )
     lines = [f"engine: {engine} {version} ({python})"]

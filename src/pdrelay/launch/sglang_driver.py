@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+from functools import cached_property
+from pathlib import Path
 
 from pdrelay.core.endpoint import HttpEndpoint
 from pdrelay.core.messages import Ready, Role
+from pdrelay.doctor.version import Version, in_range, parse_version, show_version
 from pdrelay.launch.external_driver import ExternalDriver
 from pdrelay.launch.topology import InstanceSpec
 
@@ -26,6 +30,9 @@ OWNED = (  # chosen here: not to be given in --engine-args
 )
 _MODES = {Role.PREFILL: "prefill", Role.DECODE: "decode"}
 _HOST = "127.0.0.1"
+_CONFIG_SINCE: Version = (0, 5, 3)  # --config
+# Its users' own: a second --config is refused, and several tokenizer workers take no key.
+_WITHOUT_KEY = ("--config", "--tokenizer-worker-num")
 
 
 class SglangDriver(ExternalDriver):
@@ -39,6 +46,8 @@ class SglangDriver(ExternalDriver):
         args += ["--host", _HOST, "--port", str(port)]
         args += ["--context-length", str(resolved.max_model_len), "--random-seed", str(engine.seed)]
         args += ["--dtype", resolved.dtype, *plan.engine_flags, "--log-level-http", "warning"]
+        if self._has_key:
+            args += ["--config", str(self._key_file())]
         if resolved.device == "cpu":
             args += ["--device", "cpu"]
         if resolved.load_format == "dummy":
@@ -54,6 +63,28 @@ class SglangDriver(ExternalDriver):
             bootstrap_port = self._bootstrap_port(spec, incarnation)
             args += ["--disaggregation-bootstrap-port", str(bootstrap_port)]
         return args
+
+    @cached_property
+    def _has_key(self) -> bool:
+        given = {arg.partition("=")[0] for arg in self.plan.config.external.engine_args}
+        known = in_range(parse_version(self.plan.version), _CONFIG_SINCE, None)
+        return known and given.isdisjoint(_WITHOUT_KEY)
+
+    def _key_file(self) -> Path:
+        """On the command line every user of the host could read the key."""
+        path = self.plan.run_dir.path / "sglang.yaml"
+        content = json.dumps({"api-key": self.plan.api_key})
+        with open(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "w") as file:
+            file.write(content)
+        return path
+
+    def notes(self) -> list[str]:
+        if self._has_key:
+            return []
+        return [
+            "anybody on this host can ask SGLang's instances directly: a key for them needs SGLang "
+            f"{show_version(_CONFIG_SINCE)} and --engine-args without {' and '.join(_WITHOUT_KEY)}"
+        ]
 
     def _bootstrap_port(self, spec: InstanceSpec, incarnation: int) -> int:
         """Another for each incarnation: consumers remember by it where a producer's ranks listen,
@@ -78,6 +109,7 @@ class SglangDriver(ExternalDriver):
             engine="sglang",
             url=url,
             ready=ready,
+            api_key=self.plan.api_key if self._has_key else "",
             bootstrap_host=_HOST if produces else "",
             bootstrap_port=self._bootstrap_port(spec, incarnation) if produces else 0,
         )
