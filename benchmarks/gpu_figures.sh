@@ -37,7 +37,8 @@ else
     steps=(lab sglang kv transports client tests)
     topologies=native/pd:1:1,vllm/pd:1:1,vllm/replicas:1,native/replicas:1
     cases='idle,interference,streams-*'
-    place=(--allow-oversubscribe --kv-cache-memory 16GiB) kv_transports=mapped
+    place=(--allow-oversubscribe) kv_transports=mapped
+    [ "$device" = cpu ] || place+=(--kv-cache-memory 16GiB)
 fi
 
 lab() {
