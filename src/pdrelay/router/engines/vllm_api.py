@@ -19,7 +19,7 @@ from pdrelay.router.engines.piece import Leg, Piece, prompt_json
 COMPLETIONS = "/v1/completions"
 _INT63 = (1 << 63) - 1
 _SEED_STEP = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: neighbours' seeds stay apart
-FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
+_FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 
 
 class _Logprobs(msgspec.Struct):
@@ -45,18 +45,13 @@ class _Details(msgspec.Struct):
     cached_tokens: int | None = None
 
 
-class Usage(msgspec.Struct):
+class _Usage(msgspec.Struct):
     prompt_tokens_details: _Details | None = None
-
-    @property
-    def num_cached_tokens(self) -> int | None:
-        details = self.prompt_tokens_details
-        return None if details is None else details.cached_tokens
 
 
 class _Body(msgspec.Struct):
     choices: list[_Choice] = []
-    usage: Usage | None = None
+    usage: _Usage | None = None
     error: EngineError | None = None
     kv_transfer_params: dict[str, Any] | None = None
 
@@ -68,9 +63,8 @@ def body(model: str, request: EngineRequest, leg: Leg) -> bytes:
     """The JSON body of one leg of a request."""
     params = request.params
     fields: dict[str, Any] = {
-        "model": model,
+        **envelope(model, request, leg),
         "prompt": prompt(request, leg),
-        "stream": leg.stream,
         "return_token_ids": True,
         **sampling(request, leg),
     }
@@ -79,13 +73,19 @@ def body(model: str, request: EngineRequest, leg: Leg) -> bytes:
         fields["return_tokens_as_token_ids"] = True
     if params.prompt_logprobs is not None and leg.wants_prompt_logprobs:
         fields["prompt_logprobs"] = params.prompt_logprobs
+    if leg.kv_transfer_params is not None:
+        fields["kv_transfer_params"] = leg.kv_transfer_params
+    return msgspec.json.encode(fields)
+
+
+def envelope(model: str, request: EngineRequest, leg: Leg) -> dict[str, Any]:
+    """What vLLM's APIs take alike, beside prompt and sampling parameters."""
+    fields: dict[str, Any] = {"model": model, "stream": leg.stream}
     if leg.stream and leg.wants_usage:
         fields["stream_options"] = {"include_usage": True}
     if request.cache_salt:
         fields["cache_salt"] = request.cache_salt
-    if leg.kv_transfer_params is not None:
-        fields["kv_transfer_params"] = leg.kv_transfer_params
-    return msgspec.json.encode(fields)
+    return fields
 
 
 def prompt(request: EngineRequest, leg: Leg) -> msgspec.Raw:
@@ -134,8 +134,8 @@ def read_piece(data: bytes) -> Piece:
     if message.error is not None:
         return Piece(error=message.error.message or "the engine reported an error")
     piece = Piece(kv_transfer_params=message.kv_transfer_params)
-    if message.usage is not None:
-        piece.num_cached_tokens = message.usage.num_cached_tokens
+    if message.usage is not None and message.usage.prompt_tokens_details is not None:
+        piece.num_cached_tokens = message.usage.prompt_tokens_details.cached_tokens
     if not message.choices:
         return piece
     choice = message.choices[0]
@@ -143,7 +143,7 @@ def read_piece(data: bytes) -> Piece:
         raise ValueError("it carries no token ids (vLLM 0.11 and later give them)")
     piece.token_ids = choice.token_ids
     if choice.finish_reason is not None:
-        piece.finish_reason = FINISH.get(choice.finish_reason)
+        piece.finish_reason = _FINISH.get(choice.finish_reason)
         if piece.finish_reason is None:
             return Piece(error=f"the engine ended the request: {choice.finish_reason}")
         if piece.finish_reason == "stop":
