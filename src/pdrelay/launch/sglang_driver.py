@@ -47,7 +47,7 @@ class SglangDriver(ExternalDriver):
         args += ["--context-length", str(resolved.max_model_len), "--random-seed", str(engine.seed)]
         args += ["--dtype", resolved.dtype, *plan.engine_flags, "--log-level-http", "warning"]
         if self._has_key:
-            args += ["--config", str(self._key_file())]
+            args += ["--config", str(self._key_file)]
         if resolved.device == "cpu":
             args += ["--device", "cpu"]
         if resolved.load_format == "dummy":
@@ -70,11 +70,13 @@ class SglangDriver(ExternalDriver):
         known = in_range(parse_version(self.plan.version), _CONFIG_SINCE, None)
         return known and given.isdisjoint(_WITHOUT_KEY)
 
+    @cached_property
     def _key_file(self) -> Path:
-        """On the command line every user of the host could read the key."""
+        """On the command line every user of the host could read the key. Written once: instances
+        read it while others are launched."""
         path = self.plan.run_dir.path / "sglang.yaml"
         content = json.dumps({"api-key": self.plan.api_key})
-        with open(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "w") as file:
+        with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
             file.write(content)
         return path
 
