@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
+import pytest
 from serve_harness import Server
 
 PROMPTS = [list(range(1 + i, 30 + 7 * i)) for i in range(4)]
+
+
+def interpreter(variable, engine):
+    """The Python that `variable` names, of an environment with `engine`, and the mark of a module
+    that needs it."""
+    python = os.environ.get(variable, "")
+    reason = f"{variable} names no interpreter of an environment with {engine}"
+    return python, pytest.mark.skipif(not python or not Path(python).exists(), reason=reason)
 
 
 def save_tiny(directory):

@@ -22,16 +22,16 @@ from real_engine import (
     PROMPTS,
     ask,
     gone,
+    interpreter,
     port_of,
     post,
     production_server,
-    save_tiny,
     status_without_key,
     tokens,
 )
 from serve_harness import Server
 
-PYTHON = os.environ.get("PDRELAY_SGLANG_PYTHON", "")
+PYTHON, pytestmark = interpreter("PDRELAY_SGLANG_PYTHON", "SGLang")
 STUBS = Path(__file__).parent / "sglang_cpu" / "stubs"
 START_S = 300.0  # processes that import torch, on a machine that may be busy
 CHAT = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 9, "temperature": 0}
@@ -40,15 +40,6 @@ ENGINE_ARGS = (
     "--max-total-tokens 4096 --enable-metrics --disable-overlap-schedule "
     "--disaggregation-decode-retraction-backup cpu_tensor"
 )
-pytestmark = pytest.mark.skipif(
-    not PYTHON or not Path(PYTHON).exists(),
-    reason="PDRELAY_SGLANG_PYTHON names no interpreter of an environment with SGLang",
-)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
 
 
 def sglang(directory, model, *args):
@@ -58,9 +49,9 @@ def sglang(directory, model, *args):
 
 
 @pytest.fixture(scope="module")
-def native(model, tmp_path_factory):
+def native(saved_tiny, tmp_path_factory):
     """pdrelay's own engine with the same weights, float32 on both."""
-    with Server(tmp_path_factory.mktemp("native"), model, "--max-model-len", "1024") as server:
+    with Server(tmp_path_factory.mktemp("native"), saved_tiny, "--max-model-len", "1024") as server:
         yield server
 
 
@@ -70,10 +61,10 @@ def truth(native):
 
 
 @pytest.fixture(scope="module")
-def pair(model, tmp_path_factory):
+def pair(saved_tiny, tmp_path_factory):
     """Prefill and decode."""
     args = ("--prefill", "1", "--decode", "1", "--connector", "mooncake")
-    with sglang(tmp_path_factory.mktemp("pair"), model, *args) as server:
+    with sglang(tmp_path_factory.mktemp("pair"), saved_tiny, *args) as server:
         yield server
         pids = [pid for worker in server.info["workers"] for pid in worker["pids"]]
         assert server.stop() == 0
@@ -141,8 +132,8 @@ def says_what_the_native_engine_says(server, native, truth):
     assert (status, "".join(deltas)) == (200, content)
 
 
-def test_one_instance(model, native, truth, tmp_path):
-    with sglang(tmp_path, model) as server:
+def test_one_instance(saved_tiny, native, truth, tmp_path):
+    with sglang(tmp_path, saved_tiny) as server:
         says_what_the_native_engine_says(server, native, truth)
         worker = server.info["workers"][0]
         assert worker["resolved"]["engine"] == "sglang"

