@@ -31,6 +31,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from main_thread import cpu_s
+
 START_S = 30.0
 RUN_S = 300.0
 
@@ -246,18 +248,17 @@ def front_door(engine: str, step_ms: float) -> Any:
     return http_processes(step_ms, 2 if engine == "vllm-pd" else 1)
 
 
-def cpu_s(pid: int) -> float:
-    """CPU time of a process's main thread so far (/proc/PID/schedstat, ns)."""
-    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
-
-
 async def stream(session: Any, url: str, body: dict[str, Any]) -> tuple[float, int]:
+    """Of a completion: (seconds to the first event, events)"""
+    return await read_events(session, url + "/v1/completions", json.dumps(body).encode())
+
+
+async def read_events(session: Any, url: str, data: bytes) -> tuple[float, int]:
     """(seconds to the first event, events)"""
-    data = json.dumps(body).encode()
     start = time.perf_counter()
     first = 0.0
     num_events = 0
-    async with session.post(url + "/v1/completions", data=data) as response:
+    async with session.post(url, data=data) as response:
         assert response.status == 200, await response.text()
         async for piece in response.content.iter_any():
             first = first or time.perf_counter() - start
@@ -299,8 +300,11 @@ async def measure_relay(url: str, pid: int, streams: int, tokens: int) -> dict[s
 async def measure_ttft(
     url: str, pid: int, bare_url: str, direct_url: str, length: int, text: bool, repeats: int
 ) -> dict[str, Any]:
-    """`direct_url`: of an engine that takes the same requests; token ids only."""
+    """`direct_url`: of an engine that is sent what the front door sends it; token ids only."""
     import aiohttp
+    from vllm_calls import calls
+
+    from pdrelay.router.engines.vllm_tokens_api import GENERATE
 
     rng = random.Random(length)
     times: list[float] = []
@@ -316,8 +320,9 @@ async def measure_ttft(
             body = {"prompt": prompt, "max_tokens": 2, "stream": True, "temperature": 0}
             bare_times.append((await stream(session, bare_url, body))[0] * 1e3)
             if direct_url and not text:
-                whole = {"return_token_ids": True, **body}
-                direct_times.append((await stream(session, direct_url, whole))[0] * 1e3)
+                call = calls("tiny", ids, 2)[GENERATE]
+                direct = await read_events(session, direct_url + GENERATE, call.body)
+                direct_times.append(direct[0] * 1e3)
             cpu = cpu_s(pid)
             times.append((await stream(session, url, body))[0] * 1e3)
             cpu_times.append((cpu_s(pid) - cpu) * 1e3)

@@ -24,16 +24,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import aiohttp
+from main_thread import cpu_s
+from vllm_calls import calls
 from vllm_instances import Host, Instance, group_members, print_failed, started, wait_ready
 
-from pdrelay.core.messages import EngineRequest
-from pdrelay.core.sampling_params import SamplingParams
-from pdrelay.core.token_ids import pack_ids
 from pdrelay.launch.engine_version import find_engine
 from pdrelay.launch.vllm_driver import generate_arguments
 from pdrelay.model.shape_dir import write_shape_dir
-from pdrelay.router.engines.engine_api import Call, VllmApi
-from pdrelay.router.engines.piece import Leg
+from pdrelay.router.engines.engine_api import Call
 
 START_S = 400.0
 MODEL = "tiny"
@@ -47,29 +45,6 @@ class Seen:
     held: list[float] = field(default_factory=list)  # the probe's longest wait meanwhile
     busy: list[float] = field(default_factory=list)  # of the loop, without a probe
     num_bytes: int = 0
-
-
-def calls(length: int) -> dict[str, Call]:
-    """The same leg by each API."""
-    ids = random.Random(length).choices(range(32, 127), k=length)
-    request = EngineRequest(
-        request_id="stall",
-        prompt_token_ids=pack_ids(ids),
-        params=SamplingParams(max_tokens=2, temperature=0.0, seed=0),
-        arrived_ns=0,
-    )
-    made = {}
-    for status in (404, 422):
-        api = VllmApi()
-        api.read_facts({"/v1/models": b'{"data": [{"id": "bench"}]}', "/version": None})
-        api.read_refusals({path: status for path in api.paths[1:]})
-        made[api.path] = api.call(request, Leg(max_tokens=2, wants_usage=True))
-    return made
-
-
-def loop_seconds(pid: int) -> float:
-    """On a core so far: the process's main thread, which runs the event loop."""
-    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
 
 
 def server_pid(instance: Instance) -> int:
@@ -113,9 +88,9 @@ async def measure_one(
     over.set()
     seen.held.append(max(await probing))
     seen.ttft.append(ttft)
-    before = loop_seconds(pid)
+    before = cpu_s(pid)
     await ask(session, instance.url, call)  # without the probe: what the prompt alone costs
-    seen.busy.append(loop_seconds(pid) - before)
+    seen.busy.append(cpu_s(pid) - before)
 
 
 async def measure(
@@ -130,7 +105,8 @@ async def measure(
             raise SystemExit(1)
         pid = server_pid(instance)
         for length in lengths:
-            by_path = calls(length)
+            ids = random.Random(length).choices(range(32, 127), k=length)
+            by_path = calls("bench", ids, 2)
             for call in by_path.values():
                 await ask(session, instance.url, call)
             for _ in range(num):
