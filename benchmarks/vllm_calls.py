@@ -14,12 +14,16 @@ from pdrelay.router.engines.vllm_api import COMPLETIONS
 from pdrelay.router.engines.vllm_tokens_api import GENERATE
 
 
-def calls(model: str, ids: Sequence[int], max_tokens: int) -> dict[str, Call]:
+def calls(
+    model: str, ids: Sequence[int], max_tokens: int, *, ignore_eos: bool = False
+) -> dict[str, Call]:
     """A greedy stream of `max_tokens` behind these ids, by path."""
     request = EngineRequest(
         request_id="bench",
         prompt_token_ids=pack_ids(ids),
-        params=SamplingParams(max_tokens=max_tokens, temperature=0.0, seed=0),
+        params=SamplingParams(
+            max_tokens=max_tokens, temperature=0.0, seed=0, ignore_eos=ignore_eos
+        ),
         arrived_ns=0,
     )
     api = VllmApi()

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -220,6 +221,8 @@ def print_failed(instances: Sequence[Instance]) -> None:
 
 
 def count_gpus() -> int:
+    if shutil.which("nvidia-smi") is None:
+        return 0
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
     return len(listed.stdout.splitlines())
 
