@@ -20,7 +20,7 @@ from pdrelay.engine.fake_runner import fake_layout
 from pdrelay.engine.outbox import Outbox
 from pdrelay.engine.producer import Producer
 from pdrelay.engine.slot_wait import SlotWait
-from pdrelay.transport.checksum import checksum
+from pdrelay.transport.checksum import begin_checksum
 from pdrelay.transport.host_device import HostDevice, HostFabric, HostPages
 from pdrelay.transport.registry import TransportOptions, create_transport
 
@@ -39,10 +39,10 @@ class Launched:
 class Decode:
     """A consumer that never decodes; `watch` finds stores into blocks that are not promised."""
 
-    def __init__(self, rig, name, num_blocks):
+    def __init__(self, rig, name, num_blocks, *, manual=False):
         self.name = name
         self.address = f"{rig.directory}/{name}.sock"
-        self.device = HostDevice(rig.fabric, f"host:{name}")
+        self.device = HostDevice(rig.fabric, f"host:{name}", manual=manual)
         self.pages = HostPages.create(fake_layout(num_blocks=num_blocks), self.device)
         self.transport = create_transport("mapped", self.pages, name, TransportOptions())
         config = SchedulerConfig(8, 64, BLOCK_SIZE)
@@ -55,7 +55,7 @@ class Decode:
             scheduler=self.scheduler,
             outbox=self.outbox,
             layout=self.pages.layout,
-            checksum=partial(checksum, self.pages, mode="full"),
+            checksum=partial(begin_checksum, self.pages, mode="full"),
             clock=monotonic_ns,
             process_of=lambda sock: rig.process,
         )
@@ -110,7 +110,16 @@ class Pools:
 
 
 class Rig:
-    def __init__(self, directory, *, num_blocks=48, consumers=1, budget=16, prefix_caching=True):
+    def __init__(
+        self,
+        directory,
+        *,
+        num_blocks=48,
+        consumers=1,
+        budget=16,
+        prefix_caching=True,
+        manual_consumers=False,
+    ):
         self.directory = str(directory)
         self.fabric = HostFabric()
         self.process = None
@@ -132,12 +141,15 @@ class Rig:
             scheduler=self.scheduler,
             outbox=self.outbox,
             num_layers=self.layout.num_layers,
-            checksum=partial(checksum, self.pages, mode="full"),
+            checksum=partial(begin_checksum, self.pages, mode="full"),
             timeout_s=30.0,
             clock=self.clock,
             slot_wait=SlotWait(self.clock, self._wait),
         )
-        self.decodes = [Decode(self, f"decode-{i}", num_blocks + i) for i in range(consumers)]
+        self.decodes = [
+            Decode(self, f"decode-{i}", num_blocks + i, manual=manual_consumers)
+            for i in range(consumers)
+        ]
         self.steps: deque[Launched] = deque()
         self.fused_rows = 0
 
@@ -181,6 +193,7 @@ class Rig:
         for layer in range(self.layout.num_layers):
             self.device.launch(partial(self._write, layer, rows, remote))
             self.producer.after_layer(plan, layer)
+        self.producer.launched(plan)
         self.device.launch(partial(step.done.__setitem__, 0, True))
         self.steps.append(step)
         return True

@@ -38,7 +38,8 @@ from pdrelay.engine.loop import EngineLoop
 from pdrelay.engine.outbox import Outbox
 from pdrelay.engine.prefix_writer import PrefixWriter
 from pdrelay.engine.producer import Producer
-from pdrelay.transport.checksum import checksum
+from pdrelay.transport.checksum import begin_checksum
+from pdrelay.transport.host_device import HostPages
 from pdrelay.transport.pages import SharedPages
 
 DEADLINE_S = 20.0
@@ -72,7 +73,9 @@ class Instance:
             BlockManager(num_blocks),
             self.transport.prefix_store if self.transport else None,
         )
-        self.runner = AsyncFakeRunner(self.pages) if overlap else FakeRunner(self.pages)
+        device = self.transport.device if self.transport else None
+        pages = HostPages(self.pages, device) if device else self.pages
+        self.runner = AsyncFakeRunner(pages) if overlap else FakeRunner(self.pages)
         self.runner.pieces_per_pool, self.runner.before_piece = idle_pieces, before_piece
         outbox = Outbox()
         shared = dict(
@@ -80,7 +83,7 @@ class Instance:
             transport=self.transport,
             scheduler=self.scheduler,
             outbox=outbox,
-            checksum=partial(checksum, self.pages, mode=verify),
+            checksum=partial(begin_checksum, pages, mode=verify),
             clock=monotonic_ns,
         )
         self.producer = self.consumer = None

@@ -30,13 +30,12 @@ from pdrelay.core.messages import (
     Reserve,
 )
 from pdrelay.core.request import Request, Status
-from pdrelay.core.scheduler import Reservation, Scheduler
+from pdrelay.core.scheduler import Reservation, Scheduler, StepPlan
 from pdrelay.engine.outbox import Outbox
 from pdrelay.engine.peer_process import PeerProcess, peer_process
 from pdrelay.errors import ProtocolError, RequestError, WorkerLostError
 from pdrelay.transport.base import Arrived, TransferFailed, Transport
-
-Checksum = Callable[[list[int]], int]
+from pdrelay.transport.checksum import Checksum, PendingChecksum
 
 _BACKLOG = 64
 
@@ -45,6 +44,10 @@ class DamagedTransferError(RequestError):
     """The pages that arrived are not the pages that were sent."""
 
     code = "kv_damaged"
+
+
+def _damaged(producer: str) -> DamagedTransferError:
+    return DamagedTransferError(f"KV from {producer} arrived damaged; the request was dropped")
 
 
 @dataclass
@@ -69,8 +72,27 @@ class Incoming:
     lost: PeerProcess | None = None  # its producer's socket ended; it may store until it is gone
 
 
+@dataclass
+class Unverified:
+    """A request that decodes already, while a device reads its pages for the checksum."""
+
+    request: Request
+    producer: str
+    expected: int
+    checksum: PendingChecksum
+
+    @property
+    def damaged(self) -> bool:
+        return self.checksum.result() != self.expected
+
+
 class Consumer:
-    """Drives the receiving side from the engine's thread. Calls nothing that blocks."""
+    """Drives the receiving side from the engine's thread. Calls nothing that blocks.
+
+    A device reads pages for a checksum behind the steps that are launched, and in front of the
+    request's first, so that no hand-over waits for it. Of a request whose pages turn out damaged no
+    token is told and no block is published.
+    """
 
     def __init__(
         self,
@@ -102,6 +124,7 @@ class Consumer:
         self._dying: list[PeerProcess] = []
         self._producer_of: dict[str, str] = {}  # of requests not reserved yet
         self._incoming: dict[str, Incoming] = {}
+        self._unverified: dict[str, Unverified] = {}
         self.bytes_received = 0
         self.failures = 0
 
@@ -145,6 +168,7 @@ class Consumer:
         request = self._scheduler.requests.get(request_id)
         if request is None or request.status is Status.CLOSING:
             return
+        self._unverified.pop(request_id, None)
         incoming = self._incoming.get(request_id)
         if incoming is None:
             self._scheduler.finish(request)
@@ -166,6 +190,24 @@ class Consumer:
                     incoming = self._incoming.get(transfer_id)
                     if incoming is not None and incoming.request.status is Status.RESERVED:
                         self._fail(incoming, WorkerLostError(f"KV hand-over failed: {text}"))
+        if self._unverified:
+            self._verify(
+                [request_id for request_id, one in self._unverified.items() if one.checksum.done()]
+            )
+
+    def verify(self, plan: StepPlan) -> None:
+        """The plan's step is over, so its requests' checksums are: settle them before its tokens
+        are taken. Requests with damaged pages are finished then."""
+        if self._unverified:
+            self._verify([chunk.request.request_id for chunk in plan.chunks])
+
+    def _verify(self, request_ids: list[str]) -> None:
+        for request_id in request_ids:
+            unverified = self._unverified.pop(request_id, None)
+            if unverified is not None and unverified.damaged:
+                self.failures += 1
+                self._scheduler.finish(unverified.request)
+                self._outbox.fail(request_id, _damaged(unverified.producer))
 
     def close(self) -> None:
         for channel in self.channels():
@@ -306,22 +348,19 @@ class Consumer:
         request, commit = incoming.request, incoming.commit
         if request.status is not Status.RESERVED:
             return
-        if (
-            commit.num_tokens != request.num_prompt_tokens
-            or self._checksum(incoming.blocks) != commit.checksum
-        ):
-            self._fail(
-                incoming,
-                DamagedTransferError(
-                    f"KV from {incoming.producer} arrived damaged; the request was dropped"
-                ),
-            )
+        pending = self._checksum(incoming.blocks, True)
+        one = Unverified(request, incoming.producer, commit.checksum, pending)
+        verified = pending.done()
+        if commit.num_tokens != request.num_prompt_tokens or (verified and one.damaged):
+            self._fail(incoming, _damaged(incoming.producer))
             return
+        if not verified:
+            self._unverified[request_id] = one
         del self._incoming[request_id]
         # Without slots the producer sends to a store: what came here is what was taken from it.
         needs_slots = self._transport.capabilities.needs_slots
         self._report(incoming, commit, commit.num_bytes if needs_slots else taken_bytes)
-        self._scheduler.commit(request, commit.first_token)
+        self._scheduler.commit(request, commit.first_token, verified=verified)
 
     def _report(self, incoming: Incoming, commit: Commit, moved: int) -> None:
         request_id = incoming.request.request_id

@@ -21,6 +21,7 @@ from pdrelay.core.messages import TokenLogprobs
 from pdrelay.core.scheduler import Chunk, StepPlan
 from pdrelay.engine.step import DoneStep, LayerHook, RemoteSlots, StepTokens
 from pdrelay.engine.step_news import StepNews
+from pdrelay.transport.host_device import HostPages
 from pdrelay.transport.pages import SharedPages
 
 VOCAB_SIZE = 900
@@ -58,7 +59,7 @@ def expected_tokens(prompt: Sequence[int], num_tokens: int, num_layers: int = 3)
 class _Pages:
     """The fake model on the pages of a `fake_layout`."""
 
-    def __init__(self, pages: SharedPages) -> None:
+    def __init__(self, pages: SharedPages | HostPages) -> None:
         layout = pages.layout
         self.layout = layout
         self._kv = pages.array.view(np.uint64).reshape(
@@ -165,14 +166,16 @@ class FakeRunner(_IdleWork):
 class AsyncFakeRunner(_IdleWork):
     """Computes launched steps in order on a thread. `before_step(number)` runs on it and may wait.
 
-    A layer hook is called when the step is read: its pages are written then.
+    A layer hook is called when the step is read: its pages are written then. On pages of a host
+    device, what is put on its compute stream behind a step happens behind that step.
     """
 
     depth = 2
 
-    def __init__(self, pages: SharedPages) -> None:
+    def __init__(self, pages: SharedPages | HostPages) -> None:
         super().__init__()
         self._pages = _Pages(pages)
+        self._device = pages.device if isinstance(pages, HostPages) else None
         self._news = StepNews()
         self._queue: queue.SimpleQueue[_FakeStep | None] = queue.SimpleQueue()
         self._sampled: dict[str, int] = {}  # by the last step: what a pending token becomes
@@ -189,6 +192,8 @@ class AsyncFakeRunner(_IdleWork):
         step = _FakeStep(self.num_launched, rows, after_layer, self._pages.layout.num_layers)
         self.num_launched += 1
         self._queue.put(step)
+        if self._device is not None:
+            self._device.launch_until(step.computed.is_set)
         return step
 
     def fileno(self) -> int | None:
@@ -219,6 +224,8 @@ class AsyncFakeRunner(_IdleWork):
             }
             step.token_ids = token_ids
             step.computed.set()
+            if self._device is not None:
+                self._device.run()
             self._news.ring()
 
 

@@ -300,6 +300,8 @@ class EngineLoop:
             producer.begin_step()
             after_layer = partial(producer.after_layer, plan)
         handle = self._runner.launch(plan, after_layer, remote)
+        if producer is not None:
+            producer.launched(plan)
         self._in_flight.append(InFlight(plan, handle, now_ns))
         self._scheduler.hash_ahead(c.request for c in plan.chunks if c.length > 1)
 
@@ -317,6 +319,8 @@ class EngineLoop:
         self._pacer.read(end_ns)
         if self._producer is not None:
             self._producer.end_step()
+        if self._consumer is not None:
+            self._consumer.verify(plan)
         self._note_prefill_end(plan, end_ns)
         self._note_prompt_logprobs(plan, tokens)
         for token in self._scheduler.update(plan, tokens.token_ids):

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pdrelay.core.hand_over import Fused, HandOver, Piece
@@ -14,8 +13,16 @@ from pdrelay.core.messages import Commit, Reserve
 from pdrelay.core.request import Request
 from pdrelay.engine.peer import Peer
 from pdrelay.transport.base import ProducerLink, TransferReport
+from pdrelay.transport.checksum import Checksum, PendingChecksum
 
-Checksum = Callable[[list[int]], int]
+
+@dataclass(frozen=True)
+class Summed:
+    """The checksum of a table's blocks from `first_block` on."""
+
+    table: list[int]
+    first_block: int
+    checksum: PendingChecksum
 
 
 @dataclass(eq=False)
@@ -33,6 +40,7 @@ class Outgoing:
     deadline_ns: int | None = None  # set once prefill is done
     table: list[int] = field(default_factory=list)  # `request.block_table` as last seen
     slots_due_ns: int | None = None  # until when its first step may wait for slots; None: no step
+    summed: Summed | None = None
 
     @property
     def request_id(self) -> str:
@@ -112,17 +120,34 @@ class Outgoing:
 
     # ---- the end
 
+    def sum_launched(self, checksum: Checksum) -> None:
+        """The step that completes the prompt is launched: read its pages right behind it."""
+        if self.hand_over.slots_known:
+            self.summed = self._sum(checksum, in_order=True)
+
+    def _sum(self, checksum: Checksum, *, in_order: bool) -> Summed:
+        table, first_block = self.request.block_table, self.hand_over.first_block
+        assert first_block is not None
+        blocks = table[first_block : self.hand_over.num_blocks]
+        return Summed(table, first_block, checksum(blocks, in_order))
+
+    def _checksum(self, checksum: Checksum) -> int:
+        """Of pages that are complete: steps that follow do not delay it."""
+        summed = self.summed
+        if summed is None or summed.table is not self.request.block_table:
+            summed = self._sum(checksum, in_order=False)
+        return summed.checksum.result()
+
     def commit(self, checksum: Checksum) -> Commit | None:
         """What completes the hand-over; None until token 1 is known and all bytes have left."""
-        report, first_block = self.report, self.hand_over.first_block
-        if report is None or self.first_token is None or first_block is None:
+        report = self.report
+        if report is None or self.first_token is None or not self.hand_over.slots_known:
             return None
-        sent_blocks = self.request.block_table[first_block : self.hand_over.num_blocks]
         return Commit(
             request_id=self.request_id,
             first_token=self.first_token,
             num_tokens=self.request.num_prompt_tokens,
-            checksum=checksum(sent_blocks),
+            checksum=self._checksum(checksum),
             num_bytes=report.num_bytes,
             num_pieces=report.num_pieces,
             start_ns=report.start_ns,

@@ -16,6 +16,7 @@ The loop's calls, in this order for each step, and each of them once a step:
     remote_store(plan)            where the step's kernels shall store besides the own pages
     begin_step()
     after_layer(plan, layer) ...  the layer's writes are launched (or done)
+    launched(plan)                so is all of the step
     end_step()                    the step is complete and read; steps end in the order they began
 """
 
@@ -34,12 +35,13 @@ from pdrelay.core.request import Request
 from pdrelay.core.scheduler import Scheduler, StepPlan
 from pdrelay.engine.fused_step import FusedStep, busiest, fuse, reachable
 from pdrelay.engine.outbox import Outbox
-from pdrelay.engine.outgoing import Checksum, Outgoing
+from pdrelay.engine.outgoing import Outgoing
 from pdrelay.engine.peer import Peer, connect
 from pdrelay.engine.slot_wait import SlotWait
 from pdrelay.engine.step import RemoteSlots
 from pdrelay.errors import DeadlineError, RequestError, TransportError, WorkerLostError
 from pdrelay.transport.base import ProducerLink, Sent, Stopped, TransferFailed, Transport
+from pdrelay.transport.checksum import Checksum
 
 
 @dataclass
@@ -230,6 +232,16 @@ class Producer:
             outgoing = self._outgoing.get(chunk.request.request_id)
             if outgoing is not None:
                 self._send(outgoing, outgoing.written(layer, chunk.start + chunk.length))
+
+    def launched(self, plan: StepPlan) -> None:
+        """Begin the checksums of the prompts that the step completes, where a device orders its
+        work: a host would read pages that are not written yet."""
+        if self._transport.device is None:
+            return
+        for chunk in plan.chunks:
+            outgoing = self._outgoing.get(chunk.request.request_id)
+            if outgoing is not None and chunk.samples:
+                outgoing.sum_launched(self._checksum)
 
     def prefill_done(self, request: Request, first_token: int) -> None:
         """The first token is sampled and the request goes on: commit when all bytes have left."""

@@ -9,16 +9,17 @@ reads do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from math import gcd
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from pdrelay.core.kv_layout import contiguous_runs
-from pdrelay.transport.device import DevicePages
+from pdrelay.transport.device import DevicePages, PendingWords
 from pdrelay.transport.pages import SharedPages
 
 Mode = Literal["off", "sample", "full"]
@@ -29,6 +30,41 @@ _MIX = np.uint64(0xBF58476D1CE4E5B9)
 _SHIFT_1, _SHIFT_2 = np.uint64(32), np.uint64(29)
 
 
+class PendingChecksum(Protocol):
+    """A checksum that a device may still be reading pages for."""
+
+    def done(self) -> bool: ...
+
+    def result(self) -> int:
+        """Waits for it."""
+
+
+# (blocks, whether to read them in the engine's order) -> what `begin_checksum` returns
+Checksum = Callable[[Sequence[int], bool], PendingChecksum]
+
+
+@dataclass(frozen=True)
+class KnownChecksum:
+    value: int
+
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> int:
+        return self.value
+
+
+@dataclass(frozen=True)
+class _OfWords:
+    words: PendingWords
+
+    def done(self) -> bool:
+        return self.words.done()
+
+    def result(self) -> int:
+        return _fold(self.words.wait())
+
+
 def checksum(pages: SharedPages | DevicePages, blocks: Sequence[int], mode: Mode) -> int:
     """A 64-bit number that depends on the bytes of every layer of `blocks`, in this order.
 
@@ -36,13 +72,23 @@ def checksum(pages: SharedPages | DevicePages, blocks: Sequence[int], mode: Mode
     pages. `off` is 0; `sample` reads the first and the last word of K and of V of each
     (layer, block); `full` reads every byte. 0 where `blocks` is empty.
     """
+    return begin_checksum(pages, blocks, False, mode=mode).result()
+
+
+def begin_checksum(
+    pages: SharedPages | DevicePages, blocks: Sequence[int], in_order: bool, *, mode: Mode
+) -> PendingChecksum:
+    """`checksum`, without waiting for a device.
+
+    `in_order`: of the pages as the steps launched so far leave them; those launched later may write
+    them. Otherwise nothing may write them before it is done, and no step delays it.
+    """
     if mode == "off" or not blocks:
-        return 0
+        return KnownChecksum(0)
     if isinstance(pages, SharedPages):
         values = sampled(pages, blocks) if mode == "sample" else summed(pages, blocks)
-    else:
-        values = pages.sampled(blocks) if mode == "sample" else pages.summed(blocks)
-    return _fold(values)
+        return KnownChecksum(_fold(values))
+    return _OfWords((pages.sampled if mode == "sample" else pages.summed)(blocks, in_order))
 
 
 def sampled(pages: SharedPages, blocks: Sequence[int]) -> U64:

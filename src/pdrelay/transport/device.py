@@ -249,6 +249,15 @@ class Device(Protocol):
     def close(self) -> None: ...
 
 
+class PendingWords(Protocol):
+    """Words of pages, on their way to the host."""
+
+    def done(self) -> bool: ...
+
+    def wait(self) -> U64:
+        """All of them, flat. For the thread that asked for them."""
+
+
 class DevicePages(Protocol):
     """One rank's KV pool on an accelerator: one allocation, of which `ipc_handle` names all."""
 
@@ -261,10 +270,10 @@ class DevicePages(Protocol):
     def ipc_handle(self) -> bytes:
         """Raises TransportError where the driver does not share memory between processes."""
 
-    def sampled(self, blocks: Sequence[int]) -> U64:
-        """What `checksum` folds in mode `sample`."""
+    def sampled(self, blocks: Sequence[int], in_order: bool) -> PendingWords:
+        """What `checksum` folds in mode `sample`. `in_order`: as `begin_checksum`'s."""
 
-    def summed(self, blocks: Sequence[int]) -> U64:
+    def summed(self, blocks: Sequence[int], in_order: bool) -> PendingWords:
         """What `checksum` folds in mode `full`."""
 
     def close(self) -> None: ...

@@ -14,6 +14,7 @@ import secrets
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -128,6 +129,10 @@ class HostDevice:
             return True
 
         self._put(self._compute, operation)
+
+    def launch_until(self, done: Callable[[], bool]) -> None:
+        """Put work on the compute stream that goes on elsewhere. Call `run` when it is done."""
+        self._put(self._compute, done)
 
     def run(self) -> None:
         """Complete everything launched."""
@@ -274,6 +279,31 @@ class HostMemory:
         self.array = np.zeros(0, np.uint8)
 
 
+class HostWords:
+    """Read at once, or when the compute stream gets there."""
+
+    def __init__(self, device: HostDevice, read: Callable[[], U64], in_order: bool) -> None:
+        self._words: U64 | None = None
+        self._read_by = HostEvent(device)
+        self._read = read
+        if not in_order:
+            self._words, self._read_by.reached = read(), True
+            return
+        device.launch(self._take)
+        device._record(device._compute, self._read_by)
+
+    def _take(self) -> None:
+        self._words = self._read()
+
+    def done(self) -> bool:
+        return self._read_by.done()
+
+    def wait(self) -> U64:
+        self._read_by.wait()
+        assert self._words is not None, "the device was closed"
+        return self._words
+
+
 class HostPages:
     """Pages of a HostDevice; `array` shows them to tests."""
 
@@ -296,11 +326,11 @@ class HostPages:
             raise TransportError("this host device does not share its memory")
         return self._handle
 
-    def sampled(self, blocks: Sequence[int]) -> U64:
-        return sampled(self._shared, blocks)
+    def sampled(self, blocks: Sequence[int], in_order: bool) -> HostWords:
+        return HostWords(self.device, partial(sampled, self._shared, list(blocks)), in_order)
 
-    def summed(self, blocks: Sequence[int]) -> U64:
-        return summed(self._shared, blocks)
+    def summed(self, blocks: Sequence[int], in_order: bool) -> HostWords:
+        return HostWords(self.device, partial(summed, self._shared, list(blocks)), in_order)
 
     def close(self) -> None:
         self._closed = True

@@ -19,7 +19,8 @@ _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
 class PageSums:
-    """Over `pool`, a contiguous tensor shaped `layout.shape`, on any device. For one thread."""
+    """Over `pool`, a contiguous tensor shaped `layout.shape`, on any device. For one thread, on its
+    current stream."""
 
     def __init__(self, pool: torch.Tensor, layout: KVLayout) -> None:
         self._device = pool.device
@@ -34,14 +35,12 @@ class PageSums:
             (layout.num_blocks * width, half, half - 1, width),
         )
         self._weights: torch.Tensor | None = None
-        self._index = self._pinned(layout.num_blocks, torch.int64)
-        self._values = self._pinned(0, torch.int64)
 
-    def sampled(self, blocks: Sequence[int]) -> U64:
+    def sampled(self, blocks: Sequence[int]) -> DeviceWords:
         """Four words a (layer, block): `[num_layers, 4, len(blocks)]`, flat."""
-        return self._unsigned(self._ends.index_select(3, self._uploaded(blocks)))
+        return self._pending(self._ends.index_select(3, self._uploaded(blocks)))
 
-    def summed(self, blocks: Sequence[int]) -> U64:
+    def summed(self, blocks: Sequence[int]) -> DeviceWords:
         """The weighted sum of each (layer, block), wrapping: `[num_layers, len(blocks)]`, flat."""
         if self._weights is None:
             weights = page_weights(self._words.shape[2]).view(np.int64)
@@ -54,33 +53,43 @@ class PageSums:
             if self._size < 8:
                 words &= mask
             rows.append(words.mul_(self._weights).sum(dim=1))
-        return self._unsigned(torch.stack(rows), size=8)
+        return self._pending(torch.stack(rows), size=8)
 
     def _uploaded(self, blocks: Sequence[int]) -> torch.Tensor:
-        """The blocks on the device, until the next call: what reads them was waited for by then."""
-        if len(blocks) > len(self._index):
-            self._index = self._pinned(len(blocks), torch.int64)
-        index = self._index[: len(blocks)]
+        index = self._pinned(len(blocks), torch.int64)
         index.numpy()[:] = blocks
         return index.to(self._device, non_blocking=True)
 
-    def _unsigned(self, values: torch.Tensor, size: int | None = None) -> U64:
-        """The values on the host, flat; waits for them."""
-        if values.device.type != "cpu":
-            values = self._downloaded(values)
-        array = values.numpy().view(f"u{size or self._size}")
-        unsigned: U64 = array.astype(np.uint64).ravel()
-        return unsigned
-
-    def _downloaded(self, values: torch.Tensor) -> torch.Tensor:
-        num_bytes = values.numel() * values.element_size()
-        if num_bytes > self._values.numel() * 8:
-            self._values = self._pinned(1 << (num_bytes // 8).bit_length(), torch.int64)
-        host = self._values.view(values.dtype)[: values.numel()]
-        host.copy_(values.view(-1), non_blocking=True)
-        torch.cuda.current_stream(self._device).synchronize()
-        return host
+    def _pending(self, values: torch.Tensor, size: int | None = None) -> DeviceWords:
+        """The values on their way to the host, flat."""
+        words = values.view(-1)
+        if self._device.type != "cuda":
+            return DeviceWords(words, None, size or self._size)
+        host = self._pinned(words.numel(), words.dtype)
+        host.copy_(words, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return DeviceWords(host, event, size or self._size)
 
     def _pinned(self, count: int, dtype: torch.dtype) -> torch.Tensor:
-        """Copies to and from it are enqueued, where pageable memory is waited for."""
+        """Copies to and from it are enqueued, where pageable memory is waited for. Torch keeps such
+        memory for the next call, but not before the copies on this one are over."""
         return torch.empty(count, dtype=dtype, pin_memory=self._device.type == "cuda")
+
+
+class DeviceWords:
+    """`host` is complete with `event`."""
+
+    def __init__(self, host: torch.Tensor, event: torch.cuda.Event | None, size: int) -> None:
+        self._host = host
+        self._event = event
+        self._size = size
+
+    def done(self) -> bool:
+        return self._event is None or self._event.query()
+
+    def wait(self) -> U64:
+        if self._event is not None:
+            self._event.synchronize()
+        words: U64 = self._host.numpy().view(f"u{self._size}").astype(np.uint64)
+        return words

@@ -9,10 +9,10 @@ import torch
 
 from pdrelay.core.kv_layout import KVLayout
 from pdrelay.errors import TransportError
-from pdrelay.transport.checksum import U64
 from pdrelay.transport.cuda.device import CudaDevice
 from pdrelay.transport.cuda.page_sums import PageSums
 from pdrelay.transport.cuda.tensors import tensor_at
+from pdrelay.transport.device import PendingWords
 
 # Smaller allocations share a driver block, all of which a handle would name.
 _GRANULE = 2 << 20
@@ -44,8 +44,8 @@ class CudaPages:
             self.address, layout.shape, layout.dtype, device.ordinal
         )
         self._sums = PageSums(self.tensor, layout)
-        # Checksums must not wait behind a step, nor a step behind them.
-        self._stream: Any = torch.cuda.Stream(device.ordinal, priority=-5)
+        # For pages that no step writes: neither waits for the other.
+        self._beside: Any = torch.cuda.Stream(device.ordinal, priority=-5)
 
     @classmethod
     def create(cls, layout: KVLayout, ordinal: int) -> CudaPages:
@@ -64,12 +64,13 @@ class CudaPages:
                 "choose --transport nccl or tcp"
             ) from error
 
-    def sampled(self, blocks: Sequence[int]) -> U64:
-        with torch.cuda.stream(self._stream):
+    def sampled(self, blocks: Sequence[int], in_order: bool) -> PendingWords:
+        """`in_order`: the calling thread's current stream must be the engine's."""
+        with torch.cuda.stream(None if in_order else self._beside):
             return self._sums.sampled(blocks)
 
-    def summed(self, blocks: Sequence[int]) -> U64:
-        with torch.cuda.stream(self._stream):
+    def summed(self, blocks: Sequence[int], in_order: bool) -> PendingWords:
+        with torch.cuda.stream(None if in_order else self._beside):
             return self._sums.summed(blocks)
 
     def close(self) -> None:
