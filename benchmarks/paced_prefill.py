@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ import numpy as np
 from pdrelay.core.clock import monotonic_ns
 from pdrelay.core.scheduler import StepPlan
 from pdrelay.engine.step import LayerHook, RemoteSlots, StepTokens
-from pdrelay.transport.checksum import KnownChecksum, PendingChecksum
+from pdrelay.transport.checksum import KnownChecksum, PendingChecksum, PreparedChecksum
 
 # By rows of a step, interpolated: one replica's idle TTFT less what is not the GPU's
 # (docs/results/2026-11-30-h200x2).
@@ -101,15 +102,25 @@ class PacedEngine:
         self.runner = runner
 
 
+@dataclass(frozen=True)
 class Believed:
     """A checksum that is computed, and right."""
 
-    def __init__(self, computed: PendingChecksum) -> None:
-        self._computed = computed
-        self.done = computed.done
+    prepared: PreparedChecksum
+
+    def begin(self) -> BelievedPending:
+        return BelievedPending(self.prepared.begin())
+
+
+@dataclass(frozen=True)
+class BelievedPending:
+    computed: PendingChecksum
+
+    def done(self) -> bool:
+        return self.computed.done()
 
     def result(self) -> int:
-        self._computed.result()
+        self.computed.result()
         return 0
 
 
@@ -117,10 +128,8 @@ def believe_pages() -> None:
     """Make this process's rank take pages that nobody wrote."""
     from pdrelay.engine import worker
 
-    begin = worker.begin_checksum
-    worker.begin_checksum = lambda *args, **kwargs: Believed(  # type: ignore[assignment]
-        begin(*args, **kwargs)
-    )
+    prepare = worker.prepare_checksum
+    worker.prepare_checksum = lambda *args, **kwargs: Believed(prepare(*args, **kwargs))
 
 
 def without_a_model() -> None:
@@ -132,7 +141,7 @@ def without_a_model() -> None:
         "build_model": nothing,
         "prepare_backend": nothing,
         "warm_up": nothing,
-        "begin_checksum": lambda *args, **kwargs: KnownChecksum(0),
+        "prepare_checksum": lambda *args, **kwargs: KnownChecksum(0),
         "build_engine": lambda model, pool, *rest: PacedEngine(PacedRunner(pool.shape[0])),
         "ModelRunner": lambda model, pool, *rest: PacedRunner(pool.shape[0]),
     }

@@ -20,7 +20,7 @@ from pdrelay.engine.fake_runner import fake_layout
 from pdrelay.engine.outbox import Outbox
 from pdrelay.engine.producer import Producer
 from pdrelay.engine.slot_wait import SlotWait
-from pdrelay.transport.checksum import begin_checksum
+from pdrelay.transport.checksum import prepare_checksum
 from pdrelay.transport.host_device import HostDevice, HostFabric, HostPages
 from pdrelay.transport.registry import TransportOptions, create_transport
 
@@ -55,7 +55,7 @@ class Decode:
             scheduler=self.scheduler,
             outbox=self.outbox,
             layout=self.pages.layout,
-            checksum=partial(begin_checksum, self.pages, mode="full"),
+            checksum=partial(prepare_checksum, self.pages, mode="full"),
             clock=monotonic_ns,
             process_of=lambda sock: rig.process,
         )
@@ -141,7 +141,7 @@ class Rig:
             scheduler=self.scheduler,
             outbox=self.outbox,
             num_layers=self.layout.num_layers,
-            checksum=partial(begin_checksum, self.pages, mode="full"),
+            checksum=partial(prepare_checksum, self.pages, mode="full"),
             timeout_s=30.0,
             clock=self.clock,
             slot_wait=SlotWait(self.clock, self._wait),

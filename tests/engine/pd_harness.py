@@ -38,7 +38,7 @@ from pdrelay.engine.loop import EngineLoop
 from pdrelay.engine.outbox import Outbox
 from pdrelay.engine.prefix_writer import PrefixWriter
 from pdrelay.engine.producer import Producer
-from pdrelay.transport.checksum import begin_checksum
+from pdrelay.transport.checksum import prepare_checksum
 from pdrelay.transport.host_device import HostPages
 from pdrelay.transport.pages import SharedPages
 
@@ -83,7 +83,7 @@ class Instance:
             transport=self.transport,
             scheduler=self.scheduler,
             outbox=outbox,
-            checksum=partial(begin_checksum, pages, mode=verify),
+            checksum=partial(prepare_checksum, pages, mode=verify),
             clock=monotonic_ns,
         )
         self.producer = self.consumer = None

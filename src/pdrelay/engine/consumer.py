@@ -35,7 +35,7 @@ from pdrelay.engine.outbox import Outbox
 from pdrelay.engine.peer_process import PeerProcess, peer_process
 from pdrelay.errors import ProtocolError, RequestError, WorkerLostError
 from pdrelay.transport.base import Arrived, TransferFailed, Transport
-from pdrelay.transport.checksum import Checksum, PendingChecksum
+from pdrelay.transport.checksum import Checksum, PendingChecksum, PreparedChecksum
 
 _BACKLOG = 64
 
@@ -67,6 +67,7 @@ class Incoming:
     producer: str
     first_block: int
     blocks: list[int]
+    checksum: PreparedChecksum
     channel: Channel[PeerMessage] | None = None  # the link that knows the promise
     commit: Commit | None = None
     lost: PeerProcess | None = None  # its producer's socket ended; it may store until it is gone
@@ -150,7 +151,10 @@ class Consumer:
         """The scheduler promised blocks: prepare to receive, and tell the producer."""
         request = reservation.request
         producer = self._producer_of.pop(request.request_id)
-        incoming = Incoming(request, producer, reservation.first_block, reservation.blocks)
+        checksum = self._checksum(reservation.blocks, True)
+        incoming = Incoming(
+            request, producer, reservation.first_block, reservation.blocks, checksum
+        )
         self._incoming[request.request_id] = incoming
         detail = f"first_block={incoming.first_block}"
         event = Event(EventKind.RESERVED, self._clock(), self._instance, detail=detail)
@@ -348,7 +352,7 @@ class Consumer:
         request, commit = incoming.request, incoming.commit
         if request.status is not Status.RESERVED:
             return
-        pending = self._checksum(incoming.blocks, True)
+        pending = incoming.checksum.begin()
         one = Unverified(request, incoming.producer, commit.checksum, pending)
         verified = pending.done()
         if commit.num_tokens != request.num_prompt_tokens or (verified and one.damaged):

@@ -129,7 +129,7 @@ class Outgoing:
         table, first_block = self.request.block_table, self.hand_over.first_block
         assert first_block is not None
         blocks = table[first_block : self.hand_over.num_blocks]
-        return Summed(table, first_block, checksum(blocks, in_order))
+        return Summed(table, first_block, checksum(blocks, in_order).begin())
 
     def _checksum(self, checksum: Checksum) -> int:
         """Of pages that are complete: steps that follow do not delay it."""

@@ -51,7 +51,7 @@ from pdrelay.engine.warmup import warm_up
 from pdrelay.errors import LaunchError, PdrelayError
 from pdrelay.model.config import ModelConfig, kv_layout, load_model_config
 from pdrelay.transport.base import Transport
-from pdrelay.transport.checksum import begin_checksum
+from pdrelay.transport.checksum import prepare_checksum
 from pdrelay.transport.device import DevicePages
 from pdrelay.transport.pages import SharedPages
 from pdrelay.transport.registry import TransportOptions, create_transport
@@ -260,7 +260,7 @@ def _peers(
     config = rank.config
     if transport is None or config.role is Role.BOTH:
         return None, None
-    verify = partial(begin_checksum, rank.pages, mode=config.verify)
+    verify = partial(prepare_checksum, rank.pages, mode=config.verify)
     if config.role is Role.PREFILL:
         producer = Producer(
             instance=config.instance,

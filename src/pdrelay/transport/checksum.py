@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pdrelay.core.kv_layout import contiguous_runs
-from pdrelay.transport.device import DevicePages, PendingWords
+from pdrelay.transport.device import DevicePages, PendingWords, PreparedWords
 from pdrelay.transport.pages import SharedPages
 
 Mode = Literal["off", "sample", "full"]
@@ -39,13 +39,22 @@ class PendingChecksum(Protocol):
         """Waits for it."""
 
 
-# (blocks, whether to read them in the engine's order) -> what `begin_checksum` returns
-Checksum = Callable[[Sequence[int], bool], PendingChecksum]
+class PreparedChecksum(Protocol):
+    """What can be done before the pages are there is done."""
+
+    def begin(self) -> PendingChecksum: ...
+
+
+# (blocks, in_order) -> what `prepare_checksum` returns
+Checksum = Callable[[Sequence[int], bool], PreparedChecksum]
 
 
 @dataclass(frozen=True)
 class KnownChecksum:
     value: int
+
+    def begin(self) -> KnownChecksum:
+        return self
 
     def done(self) -> bool:
         return True
@@ -55,7 +64,25 @@ class KnownChecksum:
 
 
 @dataclass(frozen=True)
-class _OfWords:
+class _OfHostPages:
+    pages: SharedPages
+    blocks: Sequence[int]
+    read: Callable[[SharedPages, Sequence[int]], U64]
+
+    def begin(self) -> KnownChecksum:
+        return KnownChecksum(_fold(self.read(self.pages, self.blocks)))
+
+
+@dataclass(frozen=True)
+class _OfDevicePages:
+    words: PreparedWords
+
+    def begin(self) -> _OfPendingWords:
+        return _OfPendingWords(self.words.read())
+
+
+@dataclass(frozen=True)
+class _OfPendingWords:
     words: PendingWords
 
     def done(self) -> bool:
@@ -72,23 +99,24 @@ def checksum(pages: SharedPages | DevicePages, blocks: Sequence[int], mode: Mode
     pages. `off` is 0; `sample` reads the first and the last word of K and of V of each
     (layer, block); `full` reads every byte. 0 where `blocks` is empty.
     """
-    return begin_checksum(pages, blocks, False, mode=mode).result()
+    return prepare_checksum(pages, blocks, False, mode=mode).begin().result()
 
 
-def begin_checksum(
+def prepare_checksum(
     pages: SharedPages | DevicePages, blocks: Sequence[int], in_order: bool, *, mode: Mode
-) -> PendingChecksum:
-    """`checksum`, without waiting for a device.
+) -> PreparedChecksum:
+    """`checksum`, without waiting for a device; for the engine's thread.
 
-    `in_order`: of the pages as the steps launched so far leave them; those launched later may write
-    them. Otherwise nothing may write them before it is done, and no step delays it.
+    `in_order`: of the pages as the steps leave them that are launched before `begin`; those
+    launched later may write them. Otherwise nothing may write them before it is done, and no step
+    delays it.
     """
     if mode == "off" or not blocks:
         return KnownChecksum(0)
     if isinstance(pages, SharedPages):
-        values = sampled(pages, blocks) if mode == "sample" else summed(pages, blocks)
-        return KnownChecksum(_fold(values))
-    return _OfWords((pages.sampled if mode == "sample" else pages.summed)(blocks, in_order))
+        return _OfHostPages(pages, blocks, sampled if mode == "sample" else summed)
+    read = pages.sampled if mode == "sample" else pages.summed
+    return _OfDevicePages(read(blocks, in_order))
 
 
 def sampled(pages: SharedPages, blocks: Sequence[int]) -> U64:

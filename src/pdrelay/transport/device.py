@@ -258,6 +258,11 @@ class PendingWords(Protocol):
         """All of them, flat. For the thread that asked for them."""
 
 
+class PreparedWords(Protocol):
+    def read(self) -> PendingWords:
+        """Launch the reading. Called once."""
+
+
 class DevicePages(Protocol):
     """One rank's KV pool on an accelerator: one allocation, of which `ipc_handle` names all."""
 
@@ -270,10 +275,10 @@ class DevicePages(Protocol):
     def ipc_handle(self) -> bytes:
         """Raises TransportError where the driver does not share memory between processes."""
 
-    def sampled(self, blocks: Sequence[int], in_order: bool) -> PendingWords:
-        """What `checksum` folds in mode `sample`. `in_order`: as `begin_checksum`'s."""
+    def sampled(self, blocks: Sequence[int], in_order: bool) -> PreparedWords:
+        """What `checksum` folds in mode `sample`. `in_order`: as `prepare_checksum`'s."""
 
-    def summed(self, blocks: Sequence[int], in_order: bool) -> PendingWords:
+    def summed(self, blocks: Sequence[int], in_order: bool) -> PreparedWords:
         """What `checksum` folds in mode `full`."""
 
     def close(self) -> None: ...

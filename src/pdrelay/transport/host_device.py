@@ -282,24 +282,30 @@ class HostMemory:
 class HostWords:
     """Read at once, or when the compute stream gets there."""
 
-    def __init__(self, device: HostDevice, read: Callable[[], U64], in_order: bool) -> None:
+    def __init__(self, device: HostDevice, words_of: Callable[[], U64], in_order: bool) -> None:
+        self._device = device
+        self._words_of = words_of
+        self._in_order = in_order
         self._words: U64 | None = None
-        self._read_by = HostEvent(device)
-        self._read = read
-        if not in_order:
-            self._words, self._read_by.reached = read(), True
-            return
-        device.launch(self._take)
-        device._record(device._compute, self._read_by)
+        self._taken = HostEvent(device)
+
+    def read(self) -> HostWords:
+        if self._in_order:
+            self._device.launch(self._take)
+            self._device._record(self._device._compute, self._taken)
+        else:
+            self._take()
+            self._taken.reached = True
+        return self
 
     def _take(self) -> None:
-        self._words = self._read()
+        self._words = self._words_of()
 
     def done(self) -> bool:
-        return self._read_by.done()
+        return self._taken.done()
 
     def wait(self) -> U64:
-        self._read_by.wait()
+        self._taken.wait()
         assert self._words is not None, "the device was closed"
         return self._words
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from pdrelay.errors import TransportError
 from pdrelay.transport.cuda.device import CudaDevice
 from pdrelay.transport.cuda.page_sums import PageSums
 from pdrelay.transport.cuda.tensors import tensor_at
-from pdrelay.transport.device import PendingWords
+from pdrelay.transport.device import PendingWords, PreparedWords
 
 # Smaller allocations share a driver block, all of which a handle would name.
 _GRANULE = 2 << 20
@@ -64,17 +65,31 @@ class CudaPages:
                 "choose --transport nccl or tcp"
             ) from error
 
-    def sampled(self, blocks: Sequence[int], in_order: bool) -> PendingWords:
+    def sampled(self, blocks: Sequence[int], in_order: bool) -> PreparedWords:
         """`in_order`: the calling thread's current stream must be the engine's."""
-        with torch.cuda.stream(None if in_order else self._beside):
+        if in_order:
             return self._sums.sampled(blocks)
+        return _Beside(self._beside, partial(self._sums.sampled, blocks))
 
-    def summed(self, blocks: Sequence[int], in_order: bool) -> PendingWords:
-        with torch.cuda.stream(None if in_order else self._beside):
+    def summed(self, blocks: Sequence[int], in_order: bool) -> PreparedWords:
+        if in_order:
             return self._sums.summed(blocks)
+        return _Beside(self._beside, partial(self._sums.summed, blocks))
 
     def close(self) -> None:
         """Free the pool. Nothing may run on it any more, here or at a peer."""
         self.device.make_current()
         self.device.driver.free(self.address)
         self.device.close()
+
+
+class _Beside:
+    """Everything on a stream of its own."""
+
+    def __init__(self, stream: Any, prepare: Callable[[], PreparedWords]) -> None:
+        self._stream = stream
+        self._prepare = prepare
+
+    def read(self) -> PendingWords:
+        with torch.cuda.stream(self._stream):
+            return self._prepare().read()
