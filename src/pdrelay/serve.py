@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from aiohttp import web
 
+from pdrelay.core import awake
 from pdrelay.core.endpoint import HttpEndpoint
 from pdrelay.core.heap import settle_heap
 from pdrelay.errors import LaunchError, TransportError
@@ -112,7 +113,8 @@ def run_server(
             lines += more
         for line in lines:
             _say(line)
-        asyncio.run(_run(plan, sock, driver, pool, make_front_door))
+        with awake.runner(awake=plan.resolved.busy_wait) as runner:
+            runner.run(_run(plan, sock, driver, pool, make_front_door))
     return 0
 
 

@@ -23,6 +23,7 @@ TOPOLOGIES = {
     "mapped": ["--prefill", "1", "--decode", "1", "--transport", "mapped"],
     "tcp": ["--prefill", "1", "--decode", "1", "--transport", "tcp"],
     "pool": ["--prefill", "1", "--decode", "1", "--transport", "pool"],
+    "awake": ["--prefill", "1", "--decode", "1", "--busy-wait", "on"],
     "two-to-two": ["--prefill", "2", "--decode", "2", "--transport", "mapped"],
 }
 

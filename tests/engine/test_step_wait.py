@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from pdrelay.engine.step_wait import AWAKE_NS, Sockets, wait_awake, wait_for_step
+from pdrelay.engine.step_wait import NEAR_NS, Sockets, wait_awake, wait_for_step
 
 NEVER_S = 60.0  # beyond any test's patience
 
@@ -41,14 +41,14 @@ def bell():
         yield ours, theirs
 
 
-@pytest.mark.parametrize("end_ns", [AWAKE_NS, None], ids=["foreseen", "not foreseen"])
+@pytest.mark.parametrize("end_ns", [NEAR_NS, None], ids=["foreseen", "not foreseen"])
 def test_the_end_is_seen_without_a_bell(bell, end_ns):
     step = Step(5)
     wait_for_step(step, end_ns, Sockets([bell[0]], []), NEVER_S, Clock())
     assert step.left == 0
 
 
-@pytest.mark.parametrize("end_ns", [AWAKE_NS, None], ids=["foreseen", "not foreseen"])
+@pytest.mark.parametrize("end_ns", [NEAR_NS, None], ids=["foreseen", "not foreseen"])
 def test_news_end_the_watch(bell, end_ns):
     step = Step(1_000)
     bell[1].send(b"!")
@@ -59,22 +59,36 @@ def test_news_end_the_watch(bell, end_ns):
 def test_news_end_the_sleep(bell):
     step = Step(1)
     bell[1].send(b"!")
-    far = AWAKE_NS + int(NEVER_S * 1e9 / 2)
+    far = NEAR_NS + int(NEVER_S * 1e9 / 2)
     wait_for_step(step, far, Sockets([bell[0]], []), NEVER_S, Clock())
     assert step.left == 1, "it was not asked"
+
+
+def test_awake_news_end_what_would_be_sleep(bell):
+    step, clock = Step(1), Clock(tick_ns=1)
+    bell[1].send(b"!")
+    far = NEAR_NS + int(NEVER_S * 1e9 / 2)
+    wait_for_step(step, far, Sockets([bell[0]], []), NEVER_S, clock, awake=True)
+    assert step.left == 1, "it was not asked"
+
+
+def test_awake_the_end_is_met(bell):
+    step, clock = Step(3), Clock(tick_ns=10_000)
+    wait_for_step(step, 5 * NEAR_NS, Sockets([bell[0]], []), NEVER_S, clock, awake=True)
+    assert step.left == 0 and clock.now_ns >= 4 * NEAR_NS
 
 
 def test_the_watch_has_an_end_and_goes_on_with_pauses(bell):
     step, clock = Step(10_000), Clock()
     sockets = Sockets([bell[0]], [])
-    wait_for_step(step, AWAKE_NS, sockets, NEVER_S, clock)
-    assert step.left > 0 and 2 * AWAKE_NS <= clock.now_ns < 3 * AWAKE_NS
+    wait_for_step(step, NEAR_NS, sockets, NEVER_S, clock)
+    assert step.left > 0 and 2 * NEAR_NS <= clock.now_ns < 3 * NEAR_NS
     step.left = 3
-    wait_for_step(step, AWAKE_NS, sockets, NEVER_S, clock)
+    wait_for_step(step, NEAR_NS, sockets, NEVER_S, clock)
     assert step.left == 0
 
 
-@pytest.mark.parametrize("end_ns", [None, AWAKE_NS + int(NEVER_S * 1e9)])
+@pytest.mark.parametrize("end_ns", [None, NEAR_NS + int(NEVER_S * 1e9)])
 def test_what_is_due_earlier_ends_the_wait(bell, end_ns):
     step = Step(1_000_000)
     wait_for_step(step, end_ns, Sockets([bell[0]], []), 0.001, Clock(tick_ns=100_000))

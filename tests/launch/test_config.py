@@ -38,7 +38,7 @@ def test_every_flag_arrives():
         *("--ready-file", "r", "--max-num-requests", "11", "--request-timeout", "12"),
         *("--worker-timeout", "13", "--threads-per-rank", "2", "--log-level", "debug"),
         *("--drain-timeout", "0", "--startup-timeout", "14", "--allow-oversubscribe"),
-        *("--gpu-memory-utilization", "0.5"),
+        *("--gpu-memory-utilization", "0.5", "--busy-wait", "off"),
     )
     engine = config.engine
     assert config.topology == PrefillDecode(3, 2)
@@ -59,6 +59,7 @@ def test_every_flag_arrives():
     assert (config.worker_timeout_s, config.startup_timeout_s) == (13.0, 14.0)
     assert config.drain_timeout_s == 0.0
     assert config.allow_oversubscribe is True
+    assert config.busy_wait == "off"
 
 
 @pytest.mark.parametrize(

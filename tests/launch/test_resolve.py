@@ -18,6 +18,7 @@ from pdrelay.launch.listen import listen, url_of
 from pdrelay.launch.native_driver import RankPlan, rank_environment
 from pdrelay.launch.preflight import check_files, check_memory, check_topology, describe
 from pdrelay.launch.resolve import num_parameters, resolve
+from pdrelay.launch.resolve_external import resolve_external
 from pdrelay.launch.restart_policy import RestartOptions, RestartPolicy
 from pdrelay.launch.run_dir import RunDir
 from pdrelay.launch.shared_pool import open_shared_pool
@@ -75,6 +76,31 @@ def test_large_model_gets_more_and_its_context_is_bounded():
     assert any("holds no longer request" in note for note in resolved.notes)
     short = resolve(config(model="llama-3.1-8b", max_model_len=4096), LLAMA, HOST)
     assert short.max_model_len == 4096
+
+
+@pytest.mark.parametrize(
+    ("cores", "gpus", "asked", "awake"),
+    [
+        (12, 2, "auto", True),  # front door, P and D
+        (11, 2, "auto", False),
+        (64, 0, "auto", False),
+        (2, 0, "on", True),
+        (64, 2, "off", False),
+    ],
+)
+def test_processes_wait_awake_where_a_quarter_of_the_cores_is_enough(cores, gpus, asked, awake):
+    host = replace(HOST, num_cores=cores, num_gpus=gpus)
+    wanted = replace(config(PrefillDecode(1, 1)), busy_wait=asked)
+    resolved = resolve(wanted, TINY, host)
+    assert resolved.busy_wait is awake
+    said = [note for note in resolved.notes if note.startswith("busy wait")]
+    assert len(said) == (asked == "auto" and gpus > 0)
+
+
+def test_of_another_engine_the_front_door_alone_waits_awake():
+    host = replace(HOST, num_cores=4, num_gpus=2)
+    wanted = config(PrefillDecode(1, 1), engine="vllm", model="llama-3.1-8b")
+    assert resolve_external(wanted, LLAMA, host).busy_wait is True
 
 
 def test_tensor_parallel_ranks_hold_their_heads_only():

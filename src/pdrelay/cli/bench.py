@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pdrelay.core import awake
 from pdrelay.errors import ConfigError, PdrelayError
 
 if TYPE_CHECKING:
@@ -142,7 +143,8 @@ def _add_trace(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the load. Returns 0, 1 when nothing was completed, 2 for bad input, 130 if stopped."""
     try:
-        return asyncio.run(_run(args))
+        with awake.runner(awake=awake.client_may_wait_awake()) as runner:
+            return runner.run(_run(args))
     except PdrelayError as error:
         print(f"pdrelay bench: error: {error}", file=sys.stderr)
         return 2

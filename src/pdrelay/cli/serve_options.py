@@ -222,6 +222,13 @@ GROUPS: Mapping[str, Sequence[Option]] = {
             "after Ctrl-C or SIGTERM, for running requests, seconds (30); a second signal ends it",
             "S",
         ),
+        Option(
+            "busy-wait",
+            choice("auto", "on", "off"),
+            "front door and ranks ask for news over and over while requests come, a core each: "
+            "auto (default: with GPUs and four cores for each of them), on, off",
+            "MODE",
+        ),
         Option("event-log", text, "append one JSON line per request", "PATH"),
         Option("ready-file", text, "write url and workers as JSON once ready", "PATH"),
         Option(

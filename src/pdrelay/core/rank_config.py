@@ -45,6 +45,7 @@ class RankConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_transfer_timeout_s: float = 30.0
     verify: Verify = "sample"
     num_threads: int = 1
+    busy_wait: bool = False  # awake between steps too, for a while
     pool: bytes = b""  # msgpack description of the shared pool (transport "pool")
     pool_fd: int = -1
     log_level: str = "info"

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from pdrelay.core.awake import AWAKE_NS
 from pdrelay.core.channel import Channel
 from pdrelay.core.clock import Clock
 from pdrelay.core.events import Event, EventKind
@@ -54,7 +55,7 @@ STATS_INTERVAL_NS = 100_000_000
 # Without news for so long, the runner may do idle work: longer than the gaps of a burst. After a
 # Meet nothing is waited for until a prompt comes: the front door sends none if it can.
 _QUIET_S = 0.02
-_RECEIVE_TURN_S = 1e-3
+_AWAKE_TURN_S = 1e-3
 _IDLE_WAIT_S = 1.0  # an idle loop wakes for deadlines at least this often
 
 
@@ -84,6 +85,7 @@ class EngineLoop:
         clock: Clock,
         prefix_writer: PrefixWriter | None = None,
         remote_of: Callable[[StepPlan], RemoteSlots | None] | None = None,
+        busy_wait: bool = False,
     ) -> None:
         self._instance = instance
         self._scheduler = scheduler
@@ -96,6 +98,8 @@ class EngineLoop:
         self._clock = clock
         self._prefix_writer = prefix_writer
         self._remote_of = remote_of
+        self._busy_wait = busy_wait
+        self._awake_until_ns = 0
         self._in_flight: deque[InFlight] = deque()
         self._pacer = StepPacer()
         self._busy_until_ns = 0
@@ -127,6 +131,8 @@ class EngineLoop:
             worked |= self._launch_steps()
             worked |= self._read_steps()
             self._flush()
+            if worked and self._busy_wait:
+                self._awake_until_ns = self._clock() + AWAKE_NS
 
     # ---- input
 
@@ -137,13 +143,18 @@ class EngineLoop:
         sockets = self._sockets()
         if self._in_flight:
             step, end_ns = self._in_flight[0].handle, self._pacer.foreseen_end_ns()
-            wait_for_step(step, end_ns, sockets, self._timeout_s(), self._clock)
+            timeout_s = self._timeout_s()
+            wait_for_step(step, end_ns, sockets, timeout_s, self._clock, awake=self._busy_wait)
         elif self._receives:
-            wait_awake(sockets, _RECEIVE_TURN_S, self._clock)
+            pause_s = 0.0 if self._busy_wait else ASK_EVERY_S
+            wait_awake(sockets, _AWAKE_TURN_S, self._clock, pause_s=pause_s)
         elif self._copies:
             wait_for_news(sockets, ASK_EVERY_S)  # then the copies are asked
         elif not self._runner.has_idle_work:
-            wait_for_news(sockets, _IDLE_WAIT_S)
+            if self._clock() < self._awake_until_ns:
+                wait_awake(sockets, _AWAKE_TURN_S, self._clock, pause_s=0.0)
+            else:
+                wait_for_news(sockets, _IDLE_WAIT_S)
         elif not wait_for_news(sockets, 0.0 if self._unprompted else _QUIET_S):
             self._runner.do_idle_work()
         self._runner.drain_news()

@@ -14,10 +14,9 @@ from collections import deque
 
 from pdrelay.core.scheduler import StepPlan
 
-# For jitter of the launch and of the host's timer, some 0.4 ms each at most. With 0.7 ms every
-# other step of 16 streams met its successor's launch and was read some 0.6 ms late, when ends were
-# seen up to 1 ms late themselves (H200, docs/LOG.md 2026-11-24 and 2026-11-30).
-LEAD_NS = 1_000_000
+# For jitter of the launch and of the host's timer. Half of it costs every ITL 0.1 ms, for the
+# device waits; twice as much lets handed-over requests wait longer (H200, docs/LOG.md 2026-12-01).
+LEAD_NS = 500_000
 _WEIGHT = 0.25  # of the newest measurement
 _ROWS_A_KEY = 8  # batches this near take about the same time
 

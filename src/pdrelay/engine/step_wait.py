@@ -10,7 +10,7 @@ from pdrelay.core.clock import Clock
 from pdrelay.engine.step import StepHandle
 
 # Before and after the foreseen end: more than steps of one batch size differ.
-AWAKE_NS = 300_000
+NEAR_NS = 300_000
 # An end that is not foreseen is met this late at most, for a tenth of a core.
 ASK_EVERY_S = 50e-6
 
@@ -28,22 +28,31 @@ def wait_for_news(sockets: Sockets, timeout_s: float) -> bool:
 
 
 def wait_for_step(
-    step: StepHandle, end_ns: int | None, sockets: Sockets, timeout_s: float, clock: Clock
+    step: StepHandle,
+    end_ns: int | None,
+    sockets: Sockets,
+    timeout_s: float,
+    clock: Clock,
+    *,
+    awake: bool = False,
 ) -> None:
     """Returns with news, when `step` is done, or after `timeout_s`.
 
     The step itself is asked, because the driver wakes a thread that sleeps on it 0.5 ms late, give
     or take as much (H200, docs/LOG.md 2026-11-30): over and over around its foreseen end, `end_ns`,
-    and every now and then where nothing foretells it or it has passed.
+    and every now and then where nothing foretells it or it has passed. `awake`: news are asked for
+    over and over, too, until the end is near.
     """
     now_ns = clock()
     until_ns = now_ns + int(timeout_s * 1e9)
     pause_s = ASK_EVERY_S
-    if end_ns is not None and now_ns < end_ns + AWAKE_NS:
-        asleep_ns = end_ns - AWAKE_NS - now_ns
-        if wait_for_news(sockets, max(0.0, min(asleep_ns / 1e9, timeout_s))):
+    if end_ns is not None and now_ns < end_ns + NEAR_NS:
+        first_s = max(0.0, min((end_ns - NEAR_NS - now_ns) / 1e9, timeout_s))
+        if awake and wait_awake(sockets, first_s, clock, pause_s=0.0):
             return
-        until_ns, pause_s = min(until_ns, end_ns + AWAKE_NS), 0.0
+        if not awake and wait_for_news(sockets, first_s):
+            return
+        until_ns, pause_s = min(until_ns, end_ns + NEAR_NS), 0.0
     while not step.done() and clock() < until_ns:
         if wait_for_news(sockets, pause_s):
             return
@@ -51,9 +60,11 @@ def wait_for_step(
 
 def wait_awake(
     sockets: Sockets, timeout_s: float, clock: Clock, *, pause_s: float = ASK_EVERY_S
-) -> None:
-    """Until news, or for `timeout_s`: a thread whose processor never rests is woken sooner."""
+) -> bool:
+    """Until news, or for `timeout_s`: a thread whose processor never rests is woken sooner. Whether
+    there are any."""
     until_ns = clock() + int(timeout_s * 1e9)
     while clock() < until_ns:
         if wait_for_news(sockets, pause_s):
-            return
+            return True
+    return False

@@ -12,6 +12,7 @@ from pathlib import Path
 from pdrelay import __version__
 from pdrelay.bench.client import ClosedLoop
 from pdrelay.bench.server_info import fetch_server_info
+from pdrelay.core import awake
 from pdrelay.errors import ConfigError, LaunchError, PdrelayError
 from pdrelay.lab.added import add_to, is_complete, remove_partial
 from pdrelay.lab.budget import Budget
@@ -280,4 +281,5 @@ def _now() -> str:
 
 def run_lab_blocking(config: LabConfig, launcher: Launcher, reporter: Reporter) -> RunInfo:
     """`run_lab` on a loop of its own."""
-    return asyncio.run(run_lab(config, launcher, reporter))
+    with awake.runner(awake=awake.client_may_wait_awake()) as runner:
+        return runner.run(run_lab(config, launcher, reporter))

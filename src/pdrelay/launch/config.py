@@ -79,6 +79,7 @@ class ServeConfig:
     worker_timeout_s: float = 30.0
     drain_timeout_s: float = 30.0
     allow_oversubscribe: bool = False
+    busy_wait: Literal["auto", "on", "off"] = "auto"
     event_log: str | None = None
     ready_file: str | None = None
     log_level: str = "info"

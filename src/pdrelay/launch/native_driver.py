@@ -85,6 +85,7 @@ class RankPlan:
             kv_transfer_timeout_s=self.config.transport.kv_transfer_timeout_s,
             verify=self.config.transport.verify,
             num_threads=resolved.num_threads,
+            busy_wait=resolved.busy_wait,
             pool=self.pool,
             pool_fd=self.pool_fd,
             log_level=self.config.log_level,

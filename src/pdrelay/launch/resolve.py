@@ -15,6 +15,7 @@ from pdrelay.model.config import ModelConfig, is_built_in, kv_layout
 
 _AUTO_KV_BYTES = 256 << 20
 _AUTO_KV_SHARE = 0.10  # of the machine's memory, a rank
+_CORES_A_WAITING = 4  # awake processes take a quarter of a host's cores at most
 _LARGE_KV_SHARE = 0.25  # of the machine's memory, all ranks, where one request needs more
 
 
@@ -52,6 +53,7 @@ class ResolvedConfig:
     num_gpus: int  # 0 on CPU
     gpu_memory_utilization: float  # a rank's share of its GPU
     num_threads: int
+    busy_wait: bool
     transport: str  # "" for co-located topologies
     served_model_name: str
     weights_bytes: int  # a rank, estimated from the shape
@@ -115,11 +117,24 @@ def resolve(config: ServeConfig, model: ModelConfig, host: Host) -> ResolvedConf
         num_gpus=num_gpus,
         gpu_memory_utilization=engine.gpu_memory_utilization / ranks_a_gpu,
         num_threads=_num_threads(config, host, notes),
+        busy_wait=waits_awake(config, host, num_gpus, notes),
         transport=config.transport.name if isinstance(config.topology, PrefillDecode) else "",
         served_model_name=config.served_model_name or default_model_name(engine.model),
         weights_bytes=num_parameters(model) * (4 if dtype == "float32" else 2) // tp_size,
         notes=tuple(notes),
     )
+
+
+def waits_awake(config: ServeConfig, host: Host, num_gpus: int, notes: list[str]) -> bool:
+    """Whether the front door and native ranks wait awake (`core/awake.py`)."""
+    if config.busy_wait != "auto":
+        return config.busy_wait == "on"
+    native = config.engine.engine == "native"
+    waiting = 1 + (num_ranks(config.topology) if native else 0)
+    awake = num_gpus > 0 and host.num_cores >= _CORES_A_WAITING * waiting
+    if num_gpus:
+        notes.append(f"busy wait: {'on' if awake else 'off'} (auto; {host.num_cores} cores)")
+    return awake
 
 
 def default_model_name(model: str) -> str:

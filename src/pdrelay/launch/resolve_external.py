@@ -11,6 +11,7 @@ from pdrelay.launch.resolve import (
     default_model_name,
     num_parameters,
     resolve_device,
+    waits_awake,
 )
 from pdrelay.launch.topology import PrefillDecode, num_ranks, tensor_parallel_size
 from pdrelay.model.config import ModelConfig, is_built_in
@@ -38,6 +39,7 @@ def resolve_external(config: ServeConfig, model: ModelConfig, host: Host) -> Res
         head_dim=model.head_dim,
         dtype=dtype,
     )
+    num_gpus = host.num_gpus if device == "cuda" else 0
     dummy = engine.load_format == "dummy" or is_built_in(engine.model)
     if dummy and engine.load_format == "auto":
         notes.append(f"load format: dummy (auto; {engine.model} is a shape without weights)")
@@ -49,9 +51,10 @@ def resolve_external(config: ServeConfig, model: ModelConfig, host: Host) -> Res
         layout=layout,
         max_num_seqs=engine.max_num_seqs or 0,  # 0: the engine's own default
         max_num_batched_tokens=engine.max_num_batched_tokens or 0,
-        num_gpus=host.num_gpus if device == "cuda" else 0,
+        num_gpus=num_gpus,
         gpu_memory_utilization=engine.gpu_memory_utilization,
         num_threads=_num_threads(config, host),
+        busy_wait=waits_awake(config, host, num_gpus, notes),
         transport=_connector(config, device, notes),
         served_model_name=config.served_model_name or default_model_name(engine.model),
         weights_bytes=num_parameters(model) * (4 if dtype == "float32" else 2) // tp_size,

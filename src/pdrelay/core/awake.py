@@ -1,0 +1,67 @@
+"""How latency-bound processes wait where there are processors to spare: awake, for a while.
+
+A thread that sleeps is woken by an interrupt to a processor that rests, in a virtual machine by way
+of the hypervisor. Each hop of a prompt or a token through a sleeping process costs that, 0.1 to
+0.3 ms (docs/LOG.md, 2026-12-01); a process that asks over and over has its news at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import selectors
+import sys
+
+from pdrelay.core.clock import Clock, monotonic_ns
+
+# After the last news. Requests in flight bring some every few milliseconds, a long prompt after a
+# few hundred; a process without requests sleeps.
+AWAKE_NS = 300_000_000
+# A thread that wants the interpreter's lock gets it from one that asks over and over only when this
+# interval is over (Python's default is 5 ms).
+_SWITCH_S = 1e-4
+_CLIENT_CORES = 8  # fewer are needed by those who compute
+
+
+class AwakeSelector(selectors.EpollSelector):
+    """Does not sleep before `AWAKE_NS` after the last event."""
+
+    def __init__(self, clock: Clock = monotonic_ns) -> None:
+        super().__init__()
+        self._clock = clock
+        self._awake_until_ns = 0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = super().select(0)
+        if not ready and (timeout is None or timeout > 0):
+            ready = self._wait(timeout)
+        if ready:
+            self._awake_until_ns = self._clock() + AWAKE_NS
+        return ready
+
+    def _wait(self, timeout: float | None) -> list[tuple[selectors.SelectorKey, int]]:
+        end_ns = None if timeout is None else self._clock() + int(timeout * 1e9)
+        until_ns = self._awake_until_ns if end_ns is None else min(end_ns, self._awake_until_ns)
+        while self._clock() < until_ns:
+            if ready := super().select(0):
+                return ready
+        left_s = None if end_ns is None else (end_ns - self._clock()) / 1e9
+        return super().select(left_s) if left_s is None or left_s > 0 else []
+
+
+def share_interpreter() -> None:
+    """Make this process fit to wait awake, whatever threads it has."""
+    sys.setswitchinterval(_SWITCH_S)
+
+
+def runner(*, awake: bool) -> asyncio.Runner:
+    """Like `asyncio.run`'s."""
+    if not awake:
+        return asyncio.Runner()
+    share_interpreter()
+    return asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(AwakeSelector()))
+
+
+def client_may_wait_awake() -> bool:
+    """Whether this host has a core for a client that measures."""
+    return sys.platform == "linux" and len(os.sched_getaffinity(0)) >= _CLIENT_CORES
