@@ -15,8 +15,9 @@ from transport_kit import make_keys
 
 from pdrelay.core.kv_layout import KVLayout
 from pdrelay.transport.base import Descriptor, Sent
-from pdrelay.transport.checksum import checksum
+from pdrelay.transport.checksum import checksum, prepare_checksum
 from pdrelay.transport.fds import recv_with_fds, send_with_fds
+from pdrelay.transport.pages import SharedPages
 from pdrelay.transport.registry import TransportOptions, create_transport
 
 torch = pytest.importorskip("torch")
@@ -173,3 +174,24 @@ def test_staged_pages_arrive(name):
     link.close()
     peer.close()
     producer.close()
+
+
+@pytest.mark.parametrize("mode", ["sample", "full"])
+def test_checksums_of_the_device_are_the_hosts(producer, mode):
+    host = SharedPages.create(LAYOUT)
+    whole = torch.frombuffer(host.buffer, dtype=torch.uint8)
+    whole.copy_(producer.pages.tensor.cpu().view(-1).view(torch.uint8))
+    for blocks in ([5], [63, 0, 17], list(range(64))):
+        wanted = checksum(host, blocks, mode)
+        assert checksum(producer.pages, blocks, mode) == wanted
+        prepared = prepare_checksum(producer.pages, blocks, True, mode=mode)
+        kept = producer.pages.tensor[:, blocks[0]].clone()
+        producer.pages.tensor[:, blocks[0]] = 0  # the engine's stream: `begin` comes behind
+        producer.pages.tensor[:, blocks[0]] = kept
+        pending = prepared.begin()
+        producer.pages.tensor[:, blocks[0]] = 1  # and what is launched then behind it
+        assert pending.result() == wanted
+        producer.pages.tensor[:, blocks[0]] = kept
+    torch.cuda.synchronize()
+    del whole
+    host.close()

@@ -151,9 +151,12 @@ class Consumer:
         """The scheduler promised blocks: prepare to receive, and tell the producer."""
         request = reservation.request
         producer = self._producer_of.pop(request.request_id)
-        checksum = self._checksum(reservation.blocks, True)
         incoming = Incoming(
-            request, producer, reservation.first_block, reservation.blocks, checksum
+            request,
+            producer,
+            reservation.first_block,
+            reservation.blocks,
+            self._checksum(reservation.blocks, True),
         )
         self._incoming[request.request_id] = incoming
         detail = f"first_block={incoming.first_block}"

@@ -19,15 +19,15 @@ import numpy as np
 import numpy.typing as npt
 
 from pdrelay.core.kv_layout import contiguous_runs
-from pdrelay.transport.device import DevicePages, PendingWords, PreparedWords
+from pdrelay.transport.device import DevicePages
 from pdrelay.transport.pages import SharedPages
 
 Mode = Literal["off", "sample", "full"]
 U64 = npt.NDArray[np.uint64]
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MIX = np.uint64(0xBF58476D1CE4E5B9)
-_SHIFT_1, _SHIFT_2 = np.uint64(32), np.uint64(29)
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+MIX = np.uint64(0xBF58476D1CE4E5B9)
+SHIFT_1, SHIFT_2 = np.uint64(32), np.uint64(29)
 
 
 class PendingChecksum(Protocol):
@@ -42,7 +42,22 @@ class PendingChecksum(Protocol):
 class PreparedChecksum(Protocol):
     """What can be done before the pages are there is done."""
 
-    def begin(self) -> PendingChecksum: ...
+    def begin(self) -> PendingChecksum:
+        """Called once."""
+
+
+class PendingWords(Protocol):
+    """Words of pages, on their way to the host."""
+
+    def done(self) -> bool: ...
+
+    def wait(self) -> U64:
+        """All of them, flat. For the thread that asked for them."""
+
+
+class PreparedWords(Protocol):
+    def read(self) -> PendingWords:
+        """Launch the reading. Called once."""
 
 
 # (blocks, in_order) -> what `prepare_checksum` returns
@@ -74,7 +89,9 @@ class _OfHostPages:
 
 
 @dataclass(frozen=True)
-class _OfDevicePages:
+class OfWords:
+    """By the words that mode `sample` or `full` reads, folded on the host."""
+
     words: PreparedWords
 
     def begin(self) -> _OfPendingWords:
@@ -115,8 +132,7 @@ def prepare_checksum(
         return KnownChecksum(0)
     if isinstance(pages, SharedPages):
         return _OfHostPages(pages, blocks, sampled if mode == "sample" else summed)
-    read = pages.sampled if mode == "sample" else pages.summed
-    return _OfDevicePages(read(blocks, in_order))
+    return pages.checksum(blocks, in_order, full=mode == "full")
 
 
 def sampled(pages: SharedPages, blocks: Sequence[int]) -> U64:
@@ -173,14 +189,14 @@ def _weights(width: int) -> U64:
 @lru_cache(maxsize=8)
 def _places(count: int) -> U64:
     """A number for each place. `count` is rounded up by the caller, so that few sizes occur."""
-    return np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN
+    return np.arange(1, count + 1, dtype=np.uint64) * GOLDEN
 
 
 def _mix(x: U64) -> U64:
-    x = x * _GOLDEN
-    x ^= x >> _SHIFT_1
-    x *= _MIX
-    x ^= x >> _SHIFT_2
+    x = x * GOLDEN
+    x ^= x >> SHIFT_1
+    x *= MIX
+    x ^= x >> SHIFT_2
     return x
 
 

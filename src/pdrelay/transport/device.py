@@ -21,7 +21,7 @@ import numpy.typing as npt
 from pdrelay.core.kv_layout import KVLayout, contiguous_runs
 
 if TYPE_CHECKING:
-    from pdrelay.transport.checksum import U64
+    from pdrelay.transport.checksum import PreparedChecksum
 
 
 Blocks: TypeAlias = Sequence[int] | npt.NDArray[np.int32]
@@ -249,20 +249,6 @@ class Device(Protocol):
     def close(self) -> None: ...
 
 
-class PendingWords(Protocol):
-    """Words of pages, on their way to the host."""
-
-    def done(self) -> bool: ...
-
-    def wait(self) -> U64:
-        """All of them, flat. For the thread that asked for them."""
-
-
-class PreparedWords(Protocol):
-    def read(self) -> PendingWords:
-        """Launch the reading. Called once."""
-
-
 class DevicePages(Protocol):
     """One rank's KV pool on an accelerator: one allocation, of which `ipc_handle` names all."""
 
@@ -275,11 +261,8 @@ class DevicePages(Protocol):
     def ipc_handle(self) -> bytes:
         """Raises TransportError where the driver does not share memory between processes."""
 
-    def sampled(self, blocks: Sequence[int], in_order: bool) -> PreparedWords:
-        """What `checksum` folds in mode `sample`. `in_order`: as `prepare_checksum`'s."""
-
-    def summed(self, blocks: Sequence[int], in_order: bool) -> PreparedWords:
-        """What `checksum` folds in mode `full`."""
+    def checksum(self, blocks: Sequence[int], in_order: bool, *, full: bool) -> PreparedChecksum:
+        """What `prepare_checksum` returns in mode `sample` or `full`."""
 
     def close(self) -> None: ...
 

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from pdrelay.core.clock import monotonic_ns
 from pdrelay.core.kv_layout import KVLayout
 from pdrelay.errors import TransportError
-from pdrelay.transport.checksum import U64, sampled, summed
+from pdrelay.transport.checksum import U64, OfWords, sampled, summed
 from pdrelay.transport.device import Event, PageMove, PagePool, Run, latest, move_runs
 from pdrelay.transport.pages import SharedPages
 
@@ -332,11 +332,9 @@ class HostPages:
             raise TransportError("this host device does not share its memory")
         return self._handle
 
-    def sampled(self, blocks: Sequence[int], in_order: bool) -> HostWords:
-        return HostWords(self.device, partial(sampled, self._shared, list(blocks)), in_order)
-
-    def summed(self, blocks: Sequence[int], in_order: bool) -> HostWords:
-        return HostWords(self.device, partial(summed, self._shared, list(blocks)), in_order)
+    def checksum(self, blocks: Sequence[int], in_order: bool, *, full: bool) -> OfWords:
+        words_of = partial(summed if full else sampled, self._shared, list(blocks))
+        return OfWords(HostWords(self.device, words_of, in_order))
 
     def close(self) -> None:
         self._closed = True

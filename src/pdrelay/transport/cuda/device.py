@@ -179,7 +179,11 @@ class CudaDevice:
         return self.launched() if layer is None else self._written[layer]
 
     def launched(self) -> CudaEvent:
-        return CudaEvent(self).record(self.compute_stream)
+        return self.behind(self.compute_stream)
+
+    def behind(self, stream: int) -> CudaEvent:
+        """What was enqueued on a stream so far."""
+        return CudaEvent(self).record(stream)
 
     def copy(self, runs: Sequence[Run], after: Event | None) -> CudaCopy:
         self.make_current()  # threads of transports call this, too

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pdrelay.core.kv_layout import KVLayout
 from pdrelay.errors import TransportError
+from pdrelay.transport.checksum import OfWords, PendingWords, PreparedChecksum, PreparedWords
 from pdrelay.transport.cuda.device import CudaDevice
 from pdrelay.transport.cuda.page_sums import PageSums
 from pdrelay.transport.cuda.tensors import tensor_at
-from pdrelay.transport.device import PendingWords, PreparedWords
+
+if TYPE_CHECKING:
+    from pdrelay.transport.cuda.page_sample import PageSampler
 
 # Smaller allocations share a driver block, all of which a handle would name.
 _GRANULE = 2 << 20
@@ -47,6 +50,7 @@ class CudaPages:
         self._sums = PageSums(self.tensor, layout)
         # For pages that no step writes: neither waits for the other.
         self._beside: Any = torch.cuda.Stream(device.ordinal, priority=-5)
+        self._sampler = self._prepare_sampler()
 
     @classmethod
     def create(cls, layout: KVLayout, ordinal: int) -> CudaPages:
@@ -65,20 +69,31 @@ class CudaPages:
                 "choose --transport nccl or tcp"
             ) from error
 
-    def sampled(self, blocks: Sequence[int], in_order: bool) -> PreparedWords:
+    def checksum(self, blocks: Sequence[int], in_order: bool, *, full: bool) -> PreparedChecksum:
         """`in_order`: the calling thread's current stream must be the engine's."""
-        if in_order:
-            return self._sums.sampled(blocks)
-        return _Beside(self._beside, partial(self._sums.sampled, blocks))
+        if self._sampler is not None and not full:
+            beside: int = self._beside.cuda_stream
+            return self._sampler.prepare(blocks, self.device.compute_stream if in_order else beside)
+        prepare = partial(self._sums.summed if full else self._sums.sampled, blocks)
+        return OfWords(prepare() if in_order else _Beside(self._beside, prepare))
 
-    def summed(self, blocks: Sequence[int], in_order: bool) -> PreparedWords:
-        if in_order:
-            return self._sums.summed(blocks)
-        return _Beside(self._beside, partial(self._sums.summed, blocks))
+    def _prepare_sampler(self) -> PageSampler | None:
+        """Compiled and launched once; None where pages are odd, or without Triton."""
+        try:
+            from pdrelay.transport.cuda.page_sample import PageSampler, takes
+        except ImportError:
+            return None
+        if not takes(self.layout):
+            return None
+        sampler = PageSampler(self.address, self.layout, self.device)
+        sampler.prepare([0], self._beside.cuda_stream).begin().result()
+        return sampler
 
     def close(self) -> None:
         """Free the pool. Nothing may run on it any more, here or at a peer."""
         self.device.make_current()
+        if self._sampler is not None:
+            self._sampler.close()
         self.device.driver.free(self.address)
         self.device.close()
 
