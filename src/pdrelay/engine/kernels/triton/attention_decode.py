@@ -110,11 +110,11 @@ def paged_decode(
         cut = DecodeCut(split_rule(batch, num_kv_heads, longest, num_sms(q.device)))
     num_splits, extras = cut.num_splits, cut.extra_parts
     assert is_power_of_2(num_splits)
-    crowded = crowds(batch * num_kv_heads * num_splits, num_sms(q.device))
+    sms = num_sms(q.device)
+    crowded = crowds(batch * num_kv_heads * num_splits, sms)
     if depth is None:
-        depth = pipeline_depth(
-            crowded, num_splits, 2 * TILE * head_dim * kv_layer.element_size(), block_size
-        )
+        tile_bytes = 2 * TILE * head_dim * kv_layer.element_size()
+        depth = pipeline_depth(batch, num_kv_heads, num_splits, sms, tile_bytes, block_size)
     slots = 0 if extras is None else extras.numel() - HEADER
     assert fused or not slots
     pitch = MAX_SPLITS if slots else num_splits

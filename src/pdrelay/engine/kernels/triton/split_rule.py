@@ -7,7 +7,9 @@ MAX_SPLITS = 32
 _PROGRAMS_PER_SM = 2
 _DEPTH, _LEAST_DEPTH = 3, 1
 _CROWD = 3  # programs an SM
-_SHARED_BYTES = 112 << 10  # a program's, of 228 KiB an SM has for _PROGRAMS_PER_SM
+_SHARED_BYTES = 112 << 10  # a program's, of what an SM has for _PROGRAMS_PER_SM
+_SM_BYTES = 227 << 10
+_MOST_PER_SM = 4  # programs, by their registers
 SHARES_PER_SM = 2  # a part has at most a half of what an SM has to read in all
 # Tiles that a part of a row has at least if it is cut off for balance. Shorter ones spoil the waves
 # of large batches (17 rows of 900: 24.7 us with 16, 29.5 with 8), longer ones let small batches
@@ -43,21 +45,30 @@ def crowds(num_programs: int, num_sms: int) -> bool:
     return num_programs >= _CROWD * num_sms
 
 
-def pipeline_depth(crowded: bool, num_splits: int, tile_bytes: int, block_size: int) -> int:
+def pipeline_depth(
+    batch: int, num_kv_heads: int, num_splits: int, num_sms: int, tile_bytes: int, block_size: int
+) -> int:
     """Tiles of K and V that a program has on their way while it computes with another.
 
-    Three where two programs an SM have room for them: of the 8B shape, 32 KiB each. (16 rows of
-    900, a layer's attention and RoPE: 23.4 us with 3, 28.5 with 6 and one program an SM; H200,
-    docs/LOG.md 2026-11-30.) One where programs crowd the SMs (64 rows of the 8B shape behind 640
-    tokens: a step of 5.83 ms with 1, 5.95 with 3; 32 rows: 5.33 and 5.10; docs/LOG.md 2026-11-24;
-    all of this with the loop before the one that reads tables ahead). One, too, where rows in many
-    parts meet pages smaller than a tile: not measured.
+    More hide more of the memory's latency, and leave room for fewer programs an SM: the least with
+    which programs come in full waves; where none does, two. Steps of the 8B shape (ms, depth 1 / 2
+    / 3, H200, docs/LOG.md 2026-12-01): 16 rows of 900 4.96 / 4.83 / 4.78, 24 of 4,096 7.56 / 7.58 /
+    7.92, 48 of 2,048 7.63 / 7.59 / 7.96, 64 of 640 5.92 / 6.07 / 6.00, 96 of 2,048 12.1 / 10.9 /
+    11.0. One for a single row: the kernels that follow read their weights meanwhile if they find
+    room (640 tokens: 3.81 / 4.24 / 4.26). Rows in many parts, or in a crowd, that meet pages
+    smaller than a tile: one, not measured.
     """
-    if crowded:
+    deepest = max(_LEAST_DEPTH, min(_DEPTH, _SHARED_BYTES // tile_bytes))
+    programs = batch * num_kv_heads * num_splits
+    if block_size < TILE:
+        return _LEAST_DEPTH if num_splits > 2 or crowds(programs, num_sms) else deepest
+    if batch == 1:
         return _LEAST_DEPTH
-    if block_size < TILE and num_splits > 2:
-        return _LEAST_DEPTH
-    return max(_LEAST_DEPTH, min(_DEPTH, _SHARED_BYTES // tile_bytes))
+    for depth in range(_LEAST_DEPTH, deepest + 1):
+        at_once = min(_MOST_PER_SM, _SM_BYTES // (depth * tile_bytes))
+        if fills_waves(programs, num_sms * at_once):
+            return depth
+    return min(2, deepest)
 
 
 def fills_waves(num_programs: int, num_sms: int, least: float = 0.9) -> bool:
