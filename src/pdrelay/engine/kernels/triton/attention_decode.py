@@ -176,10 +176,10 @@ def paged_decode(
 def _stages(depth: int, block_size: int, crowded: bool) -> int:
     """What Triton counts. A vector of entries is a level of the pipeline of its own, `depth` tiles
     ahead of K and V; in a crowd of programs less."""
-    assert depth >= 1
+    assert depth >= 0
     if block_size >= TILE:
         return depth + 1
-    return 2 * depth + (0 if crowded else 1)
+    return max(1, 2 * depth + (0 if crowded else 1))
 
 
 def _heads_at_once(group: int, floats_per_head: int, warps: int) -> int:
