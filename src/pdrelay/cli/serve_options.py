@@ -225,8 +225,8 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option(
             "busy-wait",
             choice("auto", "on", "off"),
-            "front door and ranks ask for news over and over while requests come, a core each: "
-            "auto (default: with GPUs and four cores for each of them), on, off",
+            "while requests come the front door asks for news over and over, a core, and ranks "
+            "every 50 us: auto (default: with GPUs and four cores for each of them), on, off",
             "MODE",
         ),
         Option("event-log", text, "append one JSON line per request", "PATH"),

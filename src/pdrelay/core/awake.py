@@ -2,7 +2,9 @@
 
 A thread that sleeps is woken by an interrupt to a processor that rests, in a virtual machine by way
 of the hypervisor. Each hop of a prompt or a token through a sleeping process costs that, 0.1 to
-0.3 ms (docs/LOG.md, 2026-12-01); a process that asks over and over has its news at once.
+0.3 ms (docs/LOG.md, 2026-12-01); a process that asks over and over has its news at once. That is
+for event loops through which everything goes: front door and client. Ranks ask every 50 us
+(`engine/step_wait.py`), which is nearly as good and leaves their core's other half to them.
 """
 
 from __future__ import annotations
@@ -49,16 +51,11 @@ class AwakeSelector(selectors.EpollSelector):
         return super().select(left_s) if left_s is None or left_s > 0 else []
 
 
-def share_interpreter() -> None:
-    """Make this process fit to wait awake, whatever threads it has."""
-    sys.setswitchinterval(_SWITCH_S)
-
-
 def runner(*, awake: bool) -> asyncio.Runner:
     """Like `asyncio.run`'s."""
     if not awake:
         return asyncio.Runner()
-    share_interpreter()
+    sys.setswitchinterval(_SWITCH_S)
     return asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(AwakeSelector()))
 
 

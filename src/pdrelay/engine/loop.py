@@ -146,13 +146,12 @@ class EngineLoop:
             timeout_s = self._timeout_s()
             wait_for_step(step, end_ns, sockets, timeout_s, self._clock, awake=self._busy_wait)
         elif self._receives:
-            pause_s = 0.0 if self._busy_wait else ASK_EVERY_S
-            wait_awake(sockets, _AWAKE_TURN_S, self._clock, pause_s=pause_s)
+            wait_awake(sockets, _AWAKE_TURN_S, self._clock)
         elif self._copies:
             wait_for_news(sockets, ASK_EVERY_S)  # then the copies are asked
         elif not self._runner.has_idle_work:
             if self._clock() < self._awake_until_ns:
-                wait_awake(sockets, _AWAKE_TURN_S, self._clock, pause_s=0.0)
+                wait_awake(sockets, _AWAKE_TURN_S, self._clock)
             else:
                 wait_for_news(sockets, _IDLE_WAIT_S)
         elif not wait_for_news(sockets, 0.0 if self._unprompted else _QUIET_S):

@@ -40,15 +40,15 @@ def wait_for_step(
 
     The step itself is asked, because the driver wakes a thread that sleeps on it 0.5 ms late, give
     or take as much (H200, docs/LOG.md 2026-11-30): over and over around its foreseen end, `end_ns`,
-    and every now and then where nothing foretells it or it has passed. `awake`: news are asked for
-    over and over, too, until the end is near.
+    and every now and then where nothing foretells it or it has passed. `awake`: so are news
+    until the end is near.
     """
     now_ns = clock()
     until_ns = now_ns + int(timeout_s * 1e9)
     pause_s = ASK_EVERY_S
     if end_ns is not None and now_ns < end_ns + NEAR_NS:
         first_s = max(0.0, min((end_ns - NEAR_NS - now_ns) / 1e9, timeout_s))
-        if awake and wait_awake(sockets, first_s, clock, pause_s=0.0):
+        if awake and wait_awake(sockets, first_s, clock):
             return
         if not awake and wait_for_news(sockets, first_s):
             return

@@ -17,7 +17,6 @@ from functools import partial
 import msgspec
 import torch
 
-from pdrelay.core.awake import share_interpreter
 from pdrelay.core.block_manager import BlockManager
 from pdrelay.core.channel import Channel
 from pdrelay.core.clock import monotonic_ns
@@ -340,8 +339,6 @@ def main() -> int:
         # A decode step must not wait behind a prefill. Prefill ranks too: what they give up when
         # they yield between tiles (kernels/cpu.c) is the rest of a slice, so it must be short.
         request_short_slices(SHORT_SLICE_NS)
-    if config.busy_wait:
-        share_interpreter()
     torch.set_num_threads(config.num_threads)
     torch.manual_seed(config.seed)
     if config.rank > 0:
