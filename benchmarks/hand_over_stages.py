@@ -27,7 +27,7 @@ PERCENTILES = (1, 10, 50, 90, 99, 99.9, 100)
 
 
 def stages(client: ClientRecord, server: RequestRecord) -> dict[str, float]:
-    """Nanoseconds of one request of three tokens or more."""
+    """Nanoseconds of one request of three tokens or more, by native ranks."""
     at: dict[EventKind, int] = {}
     for event in server.events:
         at.setdefault(event.kind, event.t_ns)
@@ -50,6 +50,10 @@ def stages(client: ClientRecord, server: RequestRecord) -> dict[str, float]:
     }
 
 
+def is_native(server: RequestRecord) -> bool:
+    return any(event.kind is EventKind.RESERVED for event in server.events)
+
+
 def idle_rows(run: Run, topology: str) -> Iterator[tuple[int, list[dict[str, float]]]]:
     servers = run.topologies[topology].by_client_id
     by_length: dict[int, list[dict[str, float]]] = {}
@@ -58,7 +62,7 @@ def idle_rows(run: Run, topology: str) -> Iterator[tuple[int, list[dict[str, flo
             continue
         for client in case.measured:
             server = servers.get(client.request_id)
-            if client.ok and server is not None and len(client.chunk_ns) > 2:
+            if client.ok and server is not None and is_native(server) and len(client.chunk_ns) > 2:
                 rows = by_length.setdefault(server.num_prompt_tokens, [])
                 rows.append(stages(client, server))
     yield from sorted(by_length.items())
@@ -67,6 +71,7 @@ def idle_rows(run: Run, topology: str) -> Iterator[tuple[int, list[dict[str, flo
 def print_idle(run: Run, topology: str) -> None:
     rows = list(idle_rows(run, topology))
     if not rows:
+        print("no idle requests of native P/D there")
         return
     names = list(rows[0][1][0])
     print(f"{'ms':>6}", *(f"{name:>8}" for name in names))
