@@ -74,7 +74,8 @@ step() {
     tests)
         "$python" -m pytest -q tests/engine/test_fa3_attention.py tests/engine/test_cuda_tp.py \
             tests/engine/test_triton_decode.py tests/engine/test_cuda_gpu.py tests/transport/test_cuda_ipc.py \
-            tests/transport/test_nccl.py tests/integrations/test_vllm_device_pages.py
+            tests/transport/test_nccl.py tests/integrations/test_vllm_device_pages.py \
+            tests/e2e/test_gpu_identity.py tests/e2e/test_gpu_failures.py
         ;;
     *)
         echo "no step $1: see the head of ${BASH_SOURCE[0]}" >&2

@@ -126,6 +126,27 @@ def test_the_end_of_an_engine_is_explained(log, said):
         assert bool(VllmDriver(plan).explain(log)) == bool(said)
 
 
+@pytest.mark.parametrize(
+    ("asked", "served"),
+    [
+        ((), False),
+        (("--max-num-seqs", "8"), False),
+        (("--api-server-count", "4"), True),
+        (("--api-server-count=4",), True),
+        (("-asc", "2"), True),
+    ],
+)
+def test_several_http_servers_of_an_instance_are_vllm_serves(asked, served):
+    external = ExternalConfig(engine_args=asked)
+    with plan_on_two_gpus() as plan:
+        driver = VllmDriver(replace(plan, config=replace(plan.config, external=external)))
+        (process,) = driver.launch(instances(PrefillDecode(1, 1))[1], 0).processes
+        start = process.command[process.command.index("-m") :]
+        own = ("vllm.entrypoints.openai.api_server", "--model")
+        assert start[1:3] == (("vllm.entrypoints.cli.main", "serve") if served else own)
+        assert start[-len(asked) :] == asked or not asked
+
+
 @contextlib.contextmanager
 def plan_of(engine, **fields):
     """One prefill and one decode instance of `engine`, on a host with two GPUs."""

@@ -15,6 +15,8 @@ from pdrelay.launch.external_driver import ExternalDriver, import_path
 from pdrelay.launch.topology import InstanceSpec
 
 MODULE = "vllm.entrypoints.openai.api_server"
+_CLI = ("vllm.entrypoints.cli.main", "serve")  # `vllm serve`
+_API_SERVERS = ("--api-server-count", "-asc")  # which MODULE takes and ignores
 OWNED = (  # chosen here: not to be given in --engine-args
     "--host",
     "--port",
@@ -54,7 +56,9 @@ class VllmDriver(ExternalDriver):
     def arguments(self, spec: InstanceSpec, incarnation: int, port: int) -> list[str]:
         plan = self.plan
         engine, resolved = plan.config.engine, plan.resolved
-        args = ["-m", MODULE, "--model", plan.model_dir]
+        asked = {argument.partition("=")[0] for argument in plan.config.external.engine_args}
+        args = ["-m", *(_CLI if asked.intersection(_API_SERVERS) else (MODULE,))]
+        args += ["--model", plan.model_dir]
         args += ["--served-model-name", resolved.served_model_name]
         args += ["--host", "127.0.0.1", "--port", str(port)]
         args += ["--max-model-len", str(resolved.max_model_len), "--seed", str(engine.seed)]
