@@ -21,7 +21,7 @@ from pdrelay.launch.plan import Plan
 from pdrelay.launch.topology import InstanceSpec
 from pdrelay.model.generation_config import load_generation_config
 from pdrelay.model.tokenizer import load_tokenizer
-from pdrelay.router.app import METRICS, build_app
+from pdrelay.router.app import FLOW, METRICS, build_app
 from pdrelay.router.bridge import Bridge
 from pdrelay.router.cluster import Cluster
 from pdrelay.router.config import ModelInfo, RouterConfig
@@ -101,6 +101,7 @@ class RouterFrontDoor:
         config = router_config(plan.config)
         app = build_app(config, model, cluster, self._event_log, down)
         self.runner = make_runner(app, config)
+        self._flow = app[FLOW]
         self._incarnations: dict[str, Instance] = {}
         self._gpus = self._watch_gpus(app[METRICS], open_gpus)
 
@@ -154,6 +155,9 @@ class RouterFrontDoor:
 
     def on_exited(self, instance: Instance, reason: str) -> None:
         self._bridge.on_exited(instance, reason)
+
+    def busy(self) -> bool:
+        return self._flow.num_requests > 0
 
     async def all_met(self) -> None:
         await self._cluster.all_met()

@@ -56,6 +56,9 @@ class FrontDoor(Listener, Protocol):
 
     runner: web.AppRunner  # its shutdown timeout is the drain timeout
 
+    def busy(self) -> bool:
+        """Whether requests are in flight."""
+
     async def all_met(self) -> None:
         """Returns when ready workers are prepared for each other; after a deadline in any case."""
 
@@ -113,8 +116,9 @@ def run_server(
             lines += more
         for line in lines:
             _say(line)
-        with awake.runner(awake=plan.resolved.busy_wait) as runner:
-            runner.run(_run(plan, sock, driver, pool, make_front_door))
+        selector = awake.AwakeSelector() if plan.resolved.busy_wait else None
+        with awake.runner(selector) as runner:
+            runner.run(_run(plan, sock, driver, pool, selector, make_front_door))
     return 0
 
 
@@ -152,6 +156,7 @@ class _Server:
         sock: socket,
         driver: Driver | None,
         pool: SharedPool,
+        selector: awake.AwakeSelector | None,
         make_front_door: FrontDoorFactory,
     ) -> None:
         self._plan = plan
@@ -160,6 +165,8 @@ class _Server:
         self._pool = pool
         self._url = url_of(sock)
         self._front_door = make_front_door(plan, self._down)
+        if selector is not None:
+            selector.busy = self._front_door.busy
         self._supervisor = self._supervise(plan, driver)
         self._closing: asyncio.Task[None] | None = None
 

@@ -85,6 +85,22 @@ def test_a_timeout_behind_the_awake_time_is_slept_off(selector, asked):
     assert 0 < asked[-1] <= AWAKE_NS / 1e9
 
 
+def test_what_comes_without_traffic_keeps_nobody_awake(selector, asked):
+    selector.busy = lambda: False
+    asked.answers = [["a ping"]]
+    assert selector.select(None) == ["a ping"]
+    selector.select(None)
+    assert asked[-1] is None
+
+
+def test_it_is_awake_as_long_as_requests_are_in_flight_and_a_while_longer(selector, asked):
+    over_ns = 3 * AWAKE_NS
+    selector.busy = lambda: selector._clock.now_ns < over_ns
+    selector.select(None)
+    assert asked[-1] is None and set(asked[:-1]) == {0}
+    assert abs(selector._clock.now_ns - over_ns - AWAKE_NS) < 4 * MS
+
+
 def test_an_answer_that_is_due_is_not_waited_for(selector, asked):
     assert selector.select(0) == [] and asked == [0]
 
@@ -114,6 +130,6 @@ def test_a_loop_serves_sockets_timers_and_threads(awake, switch_interval):
             writer.close()
             return line, await asyncio.to_thread(sum, range(1000))
 
-    with runner(awake=awake) as started:
+    with runner(AwakeSelector() if awake else None) as started:
         assert started.run(main()) == (b"hello\n", 499500)
     assert (sys.getswitchinterval() < switch_interval) is awake

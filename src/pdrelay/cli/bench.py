@@ -143,7 +143,7 @@ def _add_trace(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the load. Returns 0, 1 when nothing was completed, 2 for bad input, 130 if stopped."""
     try:
-        with awake.runner(awake=awake.client_may_wait_awake()) as runner:
+        with awake.runner(awake.client_selector()) as runner:
             return runner.run(_run(args))
     except PdrelayError as error:
         print(f"pdrelay bench: error: {error}", file=sys.stderr)

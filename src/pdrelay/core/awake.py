@@ -13,11 +13,12 @@ import asyncio
 import os
 import selectors
 import sys
+from collections.abc import Callable
 
 from pdrelay.core.clock import Clock, monotonic_ns
 
 # After the last news. Requests in flight bring some every few milliseconds, a long prompt after a
-# few hundred; a process without requests sleeps.
+# few hundred; a process without requests sleeps. Pings of ranks and samples of GPUs are no traffic.
 AWAKE_NS = 300_000_000
 # A thread that wants the interpreter's lock gets it from one that asks over and over only when this
 # interval is over (Python's default is 5 ms).
@@ -26,10 +27,12 @@ _CLIENT_CORES = 8  # fewer are needed by those who compute
 
 
 class AwakeSelector(selectors.EpollSelector):
-    """Does not sleep before `AWAKE_NS` after the last event."""
+    """Does not sleep while `busy()`, nor before `AWAKE_NS` after that; without `busy`, not before
+    so long after the last event."""
 
     def __init__(self, clock: Clock = monotonic_ns) -> None:
         super().__init__()
+        self.busy: Callable[[], bool] | None = None
         self._clock = clock
         self._awake_until_ns = 0
 
@@ -37,28 +40,34 @@ class AwakeSelector(selectors.EpollSelector):
         ready = super().select(0)
         if not ready and (timeout is None or timeout > 0):
             ready = self._wait(timeout)
-        if ready:
+        if ready and self.busy is None:
             self._awake_until_ns = self._clock() + AWAKE_NS
         return ready
 
     def _wait(self, timeout: float | None) -> list[tuple[selectors.SelectorKey, int]]:
         end_ns = None if timeout is None else self._clock() + int(timeout * 1e9)
-        until_ns = self._awake_until_ns if end_ns is None else min(end_ns, self._awake_until_ns)
-        while self._clock() < until_ns:
+        while self._is_awake() and (end_ns is None or self._clock() < end_ns):
             if ready := super().select(0):
                 return ready
         left_s = None if end_ns is None else (end_ns - self._clock()) / 1e9
         return super().select(left_s) if left_s is None or left_s > 0 else []
 
+    def _is_awake(self) -> bool:
+        now_ns = self._clock()
+        if self.busy is not None and self.busy():
+            self._awake_until_ns = now_ns + AWAKE_NS
+        return now_ns < self._awake_until_ns
 
-def runner(*, awake: bool) -> asyncio.Runner:
-    """Like `asyncio.run`'s."""
-    if not awake:
+
+def runner(selector: AwakeSelector | None) -> asyncio.Runner:
+    """Like `asyncio.run`'s, over this selector."""
+    if selector is None:
         return asyncio.Runner()
     sys.setswitchinterval(_SWITCH_S)
-    return asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(AwakeSelector()))
+    return asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selector))
 
 
-def client_may_wait_awake() -> bool:
-    """Whether this host has a core for a client that measures."""
-    return sys.platform == "linux" and len(os.sched_getaffinity(0)) >= _CLIENT_CORES
+def client_selector() -> AwakeSelector | None:
+    """For a client that measures; None where the host has no core for that."""
+    spare = len(os.sched_getaffinity(0)) >= _CLIENT_CORES
+    return AwakeSelector() if spare else None

@@ -281,5 +281,5 @@ def _now() -> str:
 
 def run_lab_blocking(config: LabConfig, launcher: Launcher, reporter: Reporter) -> RunInfo:
     """`run_lab` on a loop of its own."""
-    with awake.runner(awake=awake.client_may_wait_awake()) as runner:
+    with awake.runner(awake.client_selector()) as runner:
         return runner.run(run_lab(config, launcher, reporter))

@@ -83,7 +83,7 @@ class PageSampler:
         for index, slot in enumerate(self._slots):
             if len(slot.ids) >= num_blocks and slot.free():
                 return self._slots.pop(index)
-        self._make(1, max(_LEAST_BLOCKS, 1 << (num_blocks - 1).bit_length()))
+        self._make(_NUM_SLOTS, max(_LEAST_BLOCKS, 1 << (num_blocks - 1).bit_length()))
         return self._slots.pop()
 
     def _make(self, count: int, num_blocks: int) -> None:
