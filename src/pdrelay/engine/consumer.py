@@ -67,7 +67,7 @@ class Incoming:
     producer: str
     first_block: int
     blocks: list[int]
-    checksum: PreparedChecksum
+    checksum: PreparedChecksum | None = None
     channel: Channel[PeerMessage] | None = None  # the link that knows the promise
     commit: Commit | None = None
     lost: PeerProcess | None = None  # its producer's socket ended; it may store until it is gone
@@ -151,13 +151,7 @@ class Consumer:
         """The scheduler promised blocks: prepare to receive, and tell the producer."""
         request = reservation.request
         producer = self._producer_of.pop(request.request_id)
-        incoming = Incoming(
-            request,
-            producer,
-            reservation.first_block,
-            reservation.blocks,
-            self._checksum(reservation.blocks, True),
-        )
+        incoming = Incoming(request, producer, reservation.first_block, reservation.blocks)
         self._incoming[request.request_id] = incoming
         detail = f"first_block={incoming.first_block}"
         event = Event(EventKind.RESERVED, self._clock(), self._instance, detail=detail)
@@ -168,6 +162,7 @@ class Consumer:
         channel = self._producers.by_instance.get(producer)
         if channel is not None:
             self._promise(incoming, channel)
+        incoming.checksum = self._checksum(reservation.blocks, True)  # the producer waits no more
 
     def abort(self, request_id: str, reason: str) -> None:
         """Forget a request of any state; idempotent."""
@@ -355,6 +350,7 @@ class Consumer:
         request, commit = incoming.request, incoming.commit
         if request.status is not Status.RESERVED:
             return
+        assert incoming.checksum is not None
         pending = incoming.checksum.begin()
         one = Unverified(request, incoming.producer, commit.checksum, pending)
         verified = pending.done()
