@@ -7,7 +7,7 @@
 
 Takes the lab's options; topologies must be native P/D. Front door, hand-over protocol, scheduler
 and the whole decode side are real. A prefill rank has a clock in the place of its model: a step
-ends as long after the one before it as its rows take an H200 (`PREFILL_MS`), token 1 is made up,
+ends as long after the one before it as its chunks take an H200 (`PREFILL_MS`), token 1 is made up,
 and what the step's kernels would store into D's pages counts as stored. So P and D share one GPU
 (or two cores) without slowing each other down, and what D's streams lose is the hand-over's. D
 computes its checksums and believes every page; `--verify off`, before the lab's options, leaves
@@ -26,11 +26,11 @@ from typing import Any
 import numpy as np
 
 from pdrelay.core.clock import monotonic_ns
-from pdrelay.core.scheduler import StepPlan
+from pdrelay.core.scheduler import Chunk, StepPlan
 from pdrelay.engine.step import LayerHook, RemoteSlots, StepTokens
 from pdrelay.transport.checksum import KnownChecksum, PendingChecksum, PreparedChecksum
 
-# By rows of a step, interpolated: one replica's idle TTFT less what is not the GPU's
+# By tokens of a prompt, interpolated: one replica's idle TTFT less what is not the GPU's
 # (docs/results/2026-11-30-h200x2).
 PREFILL_MS = {0: 5.0, 128: 6.0, 512: 12.3, 1024: 23.0, 2048: 45.7, 4096: 97.5, 8192: 211.0}
 MADE_UP_TOKEN = 5
@@ -38,8 +38,14 @@ PROGRAM = (sys.executable, str(Path(__file__).resolve()))
 SERVER, RANK = "server", "rank"  # what this file is started as again, with the value of --verify
 
 
-def prefill_ns(num_rows: int) -> int:
-    return int(1e6 * np.interp(num_rows, list(PREFILL_MS), list(PREFILL_MS.values())))
+def prefill_ms(num_tokens: int) -> float:
+    return float(np.interp(num_tokens, list(PREFILL_MS), list(PREFILL_MS.values())))
+
+
+def step_ns(chunks: Sequence[Chunk]) -> int:
+    """A step's weights once, and what each chunk adds to its prompt's prefill."""
+    more = (prefill_ms(one.start + one.length) - prefill_ms(one.start) for one in chunks)
+    return int(1e6 * (PREFILL_MS[0] + sum(more)))
 
 
 class PacedStep:
@@ -72,8 +78,7 @@ class PacedRunner:
     def launch(
         self, plan: StepPlan, after_layer: LayerHook | None, remote: RemoteSlots | None
     ) -> PacedStep:
-        rows = sum(chunk.length for chunk in plan.chunks)
-        self._end_ns = max(monotonic_ns(), self._end_ns) + prefill_ns(rows)
+        self._end_ns = max(monotonic_ns(), self._end_ns) + step_ns(plan.chunks)
         if after_layer is not None:
             for layer in range(self._num_layers):
                 after_layer(layer)

@@ -40,7 +40,7 @@ def asked(monkeypatch):
         answer, *asked.answers = asked.answers
         return answer
 
-    monkeypatch.setattr(selectors.EpollSelector, "select", select)
+    monkeypatch.setattr(selectors.DefaultSelector, "select", select)
     return asked
 
 

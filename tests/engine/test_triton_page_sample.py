@@ -11,6 +11,7 @@ from triton_harness import ON_GPU
 from pdrelay.core.kv_layout import KVLayout
 from pdrelay.transport.checksum import checksum
 from pdrelay.transport.cuda.page_sample import CHUNK, ENDS, MOST_PROGRAMS, PageSampler, takes
+from pdrelay.transport.host_device import HostMemory
 from pdrelay.transport.pages import SharedPages
 
 pytestmark = pytest.mark.skipif(ON_GPU, reason="test_cuda_ipc.py has a GPU's")
@@ -84,6 +85,50 @@ def test_memory_of_what_is_over_is_used_again(pages, sampler):
     prepared = sampler.prepare([2], 0)
     del prepared  # given up before it began
     assert len(sampler._slots) == free
+
+
+class Device:
+    """Of the host, with events that are over when they are told to be."""
+
+    ordinal = None
+
+    def __init__(self):
+        self.events = []
+
+    def pinned(self, num_bytes):
+        return HostMemory(num_bytes)
+
+    def make_current(self):
+        pass
+
+    def behind(self, stream):
+        self.events.append(Event())
+        return self.events[-1]
+
+
+class Event:
+    over = False
+
+    def done(self):
+        return self.over
+
+    def wait(self):
+        self.over = True
+
+
+def test_memory_that_a_kernel_may_still_use_is_not_given_away(pages):
+    device = Device()
+    sampler = PageSampler(pages.array.ctypes.data, pages.layout, device)
+    first = sampler.prepare([3], 0)
+    slot = first._slot
+    first.begin()
+    assert not first.done()
+    del first  # given up while the kernel runs
+    taken = [sampler.prepare([1], 0) for _ in range(len(sampler._slots) - 1)]
+    assert all(one._slot is not slot for one in taken)
+    device.events[0].over = True
+    assert sampler.prepare([1], 0)._slot is slot
+    sampler.close()
 
 
 def test_pages_of_odd_sizes_are_not_for_this_kernel():

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import pytest
 from device_rig import BLOCK_SIZE, Rig
+from pd_harness import FrontDoor, Instance, socket_path
+from pd_transports import TransportKit
+
+from pdrelay.core.events import EventKind
+from pdrelay.engine.fake_runner import expected_tokens
 
 PROMPT = list(range(15))  # the first token that D computes fills the last block
 
@@ -138,11 +143,105 @@ def test_the_producer_reads_its_pages_behind_the_step_that_completes_them(rig, d
     while rig.launch():
         pass
     outgoing = rig.producer._outgoing["a"]
-    assert outgoing.summed is not None and not outgoing.summed.checksum.done()
+    assert outgoing.checksum is not None and not outgoing.checksum.done()
     rig.device.run_compute()
-    assert outgoing.summed.checksum.done()
+    assert outgoing.checksum.done()
     for _ in range(8):
         rig.device.run()
         decode.device.run()
         rig.turn()
     rig.assert_arrived("a", PROMPT)
+
+
+def test_pages_that_are_found_right_are_shared_before_the_request_has_a_step(rig, decode):
+    end = arrive(rig, decode)
+    (request,) = decode.scheduler.waiting
+    end()
+    assert published(decode, request) == 0
+    decode.consumer.poll()
+    assert published(decode, request) == len(PROMPT) // BLOCK_SIZE
+    decode.scheduler.finish(request)
+
+
+def test_pages_that_a_request_gave_back_are_not_judged(rig, decode):
+    """They may be somebody else's by now; the request is computed again."""
+    end = arrive(rig, decode)
+    (request,) = decode.scheduler.waiting
+    damage(decode, request)
+    decode.scheduler._free(request)
+    end()
+    decode.consumer.poll()
+    assert not failures(decode) and list(decode.scheduler.waiting) == [request]
+    assert not decode.consumer._unverified and decode.scheduler.counts().cached == 0
+    decode.scheduler.finish(request)
+
+
+# ---- the loop
+
+
+class Late:
+    """A checksum that is never there unless it is waited for."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def begin(self):
+        return self
+
+    def done(self):
+        return False
+
+    def result(self):
+        return self.value
+
+
+@pytest.fixture
+def pair(tmp_path):
+    with TransportKit("mapped@host", tmp_path) as kit:
+        address = socket_path(kit.directory, "d.sock")
+        decode = Instance(
+            "decode-0", transport_factory=kit.factory, address=address, verify="off", overlap=True
+        )
+        prefill = Instance("prefill-0", transport_factory=kit.factory, verify="off", overlap=True)
+        door = FrontDoor(prefill, decode)
+        yield door, prefill, decode, address
+        door.settle()
+        door.drain()
+
+
+def hand_over(pair, name):
+    """With blocks that are promised before the prompt is computed."""
+    door, prefill, decode, address = pair
+    request = door.request(name, PROMPT, 4)
+    door.relay(prefill, decode, address, request, order=("expect",))
+    door.pump(lambda: any(e.kind is EventKind.RESERVED for e in door.seen[name].events))
+    door.relay(prefill, decode, address, request, order=("prefill",))
+    door.finish(name)
+    return door.seen[name]
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_the_loop_settles_a_checksum_before_it_tells_a_token(pair, damaged):
+    _, _, decode, _ = pair
+    decode.consumer._checksum = lambda blocks, in_order: Late(int(damaged))
+    seen = hand_over(pair, "a")
+    if damaged:
+        assert [failure.code for failure in seen.failures] == ["kv_damaged"]
+        assert not seen.token_ids.get("decode-0")
+    else:
+        assert seen.tokens() == expected_tokens(PROMPT, 4) and not seen.failures
+
+
+def test_the_loop_begins_the_producers_checksum_with_the_step(pair):
+    _, prefill, _, _ = pair
+    asked = []
+    begin = prefill.producer._checksum
+
+    def checksum(blocks, in_order):
+        asked.append(in_order)
+        return begin(blocks, in_order)
+
+    prefill.producer._checksum = checksum
+    hand_over(pair, "first")  # connects
+    hand_over(pair, "second")
+    assert asked[-1] is True

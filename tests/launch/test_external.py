@@ -133,6 +133,7 @@ def test_the_end_of_an_engine_is_explained(log, said):
         (("--max-num-seqs", "8"), False),
         (("--api-server-count", "4"), True),
         (("--api-server-count=4",), True),
+        (("--api_server_count=4",), True),
         (("-asc", "2"), True),
     ],
 )

@@ -13,7 +13,7 @@ from pdrelay.core.messages import Role
 from pdrelay.core.rank_config import encode_rank_config, read_rank_config
 from pdrelay.errors import ConfigError, ProtocolError
 from pdrelay.launch.config import EngineConfig, ServeConfig, TransportConfig
-from pdrelay.launch.host import Host, _num_visible, inspect_host
+from pdrelay.launch.host import Host, _num_cores, _num_visible, inspect_host
 from pdrelay.launch.listen import listen, url_of
 from pdrelay.launch.native_driver import RankPlan, rank_environment
 from pdrelay.launch.preflight import check_files, check_memory, check_topology, describe
@@ -97,10 +97,21 @@ def test_processes_wait_awake_where_a_quarter_of_the_cores_is_enough(cores, gpus
     assert len(said) == (asked == "auto" and gpus > 0)
 
 
-def test_of_another_engine_the_front_door_alone_waits_awake():
-    host = replace(HOST, num_cores=4, num_gpus=2)
+@pytest.mark.parametrize(("cores", "awake"), [(12, True), (11, False)])
+def test_the_front_door_of_another_engine_waits_awake_as_well(cores, awake):
+    host = replace(HOST, num_cores=cores, num_gpus=2)
     wanted = config(PrefillDecode(1, 1), engine="vllm", model="llama-3.1-8b")
-    assert resolve_external(wanted, LLAMA, host).busy_wait is True
+    assert resolve_external(wanted, LLAMA, host).busy_wait is awake
+
+
+@pytest.mark.parametrize(
+    ("limit", "cores"),
+    [("max 100000", None), ("100000 100000", 1), ("50000 100000", 1), ("", None)],
+)
+def test_cores_are_no_more_than_the_control_group_gives_time_on(tmp_path, limit, cores):
+    (tmp_path / "cpu.max").write_text(limit)
+    available = len(os.sched_getaffinity(0))
+    assert _num_cores(tmp_path) == (available if cores is None else cores)
 
 
 def test_tensor_parallel_ranks_hold_their_heads_only():
@@ -220,6 +231,15 @@ def test_ranks_on_gpus_are_told_what_reads_their_pages():
     with RunDir() as run_dir:
         (rank,) = RankPlan(asked, resolved, run_dir)(instances(asked.topology)[0], 0, 5)
     assert rank.attention == "fa3"
+
+
+@pytest.mark.parametrize("asked", ["on", "off"])
+def test_ranks_are_told_how_to_wait(asked):
+    wanted = replace(config(PrefillDecode(1, 1)), busy_wait=asked)
+    with RunDir() as run_dir:
+        plan = RankPlan(wanted, resolve(wanted, TINY, HOST), run_dir)
+        ranks = [plan(spec, 0, 5)[0] for spec in instances(wanted.topology)]
+    assert [rank.busy_wait for rank in ranks] == [asked == "on"] * 2
 
 
 def test_ranks_get_gpus_in_turn_and_share_their_memory():

@@ -19,9 +19,9 @@ PROGRAM = str(Path(__file__).with_name("stub_front_door.py"))
 
 
 class Serve(ServeProcess):
-    def __init__(self, tmp_path, *args, mode="") -> None:
+    def __init__(self, tmp_path, *args, mode="", **env) -> None:
         command = [sys.executable, PROGRAM, "tiny", "--allow-oversubscribe"]
-        super().__init__(tmp_path, command, *args, STUB_MODE=mode)
+        super().__init__(tmp_path, command, *args, STUB_MODE=mode, **env)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -38,6 +38,16 @@ def test_signal_ends_it_and_leaves_nothing(tmp_path, number):
         assert "stub decode-0.0 drained" in output
         assert "Traceback" not in output
         serve.nothing_left()
+
+
+@pytest.mark.parametrize("wait", ["on", "off"])
+def test_a_loop_that_waits_awake_goes_by_the_front_doors_requests(tmp_path, wait):
+    asked = tmp_path / "asked"
+    with Serve(tmp_path, "--busy-wait", wait, STUB_ASKED=str(asked)) as serve:
+        serve.wait_ready()
+        assert serve.request("/health") == (200, {})
+        assert serve.stop()[0] == 0
+    assert asked.exists() is (wait == "on")
 
 
 def test_sigkill_of_the_front_door_takes_the_ranks(tmp_path):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pdrelay.core import awake
 from pdrelay.errors import ConfigError, PdrelayError
+from pdrelay.launch.host import inspect_host
 
 if TYPE_CHECKING:
     from pdrelay.bench.client import LoadResult
@@ -143,7 +144,9 @@ def _add_trace(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the load. Returns 0, 1 when nothing was completed, 2 for bad input, 130 if stopped."""
     try:
-        with awake.runner(awake.client_selector()) as runner:
+        host = inspect_host()
+        selector = awake.client_selector(gpus=host.num_gpus > 0, num_cores=host.num_cores)
+        with awake.runner(selector) as runner:
             return runner.run(_run(args))
     except PdrelayError as error:
         print(f"pdrelay bench: error: {error}", file=sys.stderr)

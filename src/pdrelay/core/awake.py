@@ -1,16 +1,15 @@
 """How latency-bound processes wait where there are processors to spare: awake, for a while.
 
 A thread that sleeps is woken by an interrupt to a processor that rests, in a virtual machine by way
-of the hypervisor. Each hop of a prompt or a token through a sleeping process costs that, 0.1 to
-0.3 ms (docs/LOG.md, 2026-12-01); a process that asks over and over has its news at once. That is
-for event loops through which everything goes: front door and client. Ranks ask every 50 us
-(`engine/step_wait.py`), which is nearly as good and leaves their core's other half to them.
+of the hypervisor: 45 to 80 us that a prompt or a token waits at each process (an H200's host,
+docs/LOG.md 2026-12-01), where one that asks over and over has its news at once. That is for event
+loops through which everything goes: front door and client. Ranks ask every 50 us
+(`engine/step_wait.py`), which is nearly as good and takes a fifth of a core.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 import selectors
 import sys
 from collections.abc import Callable
@@ -26,7 +25,7 @@ _SWITCH_S = 1e-4
 _CLIENT_CORES = 8  # fewer are needed by those who compute
 
 
-class AwakeSelector(selectors.EpollSelector):
+class AwakeSelector(selectors.DefaultSelector):
     """Does not sleep while `busy()`, nor before `AWAKE_NS` after that; without `busy`, not before
     so long after the last event."""
 
@@ -67,7 +66,6 @@ def runner(selector: AwakeSelector | None) -> asyncio.Runner:
     return asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selector))
 
 
-def client_selector() -> AwakeSelector | None:
-    """For a client that measures; None where the host has no core for that."""
-    spare = len(os.sched_getaffinity(0)) >= _CLIENT_CORES
-    return AwakeSelector() if spare else None
+def client_selector(*, gpus: bool, num_cores: int) -> AwakeSelector | None:
+    """For a client that measures servers on this host; None where their ranks need the core."""
+    return AwakeSelector() if gpus and num_cores >= _CLIENT_CORES else None

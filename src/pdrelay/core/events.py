@@ -19,7 +19,7 @@ class EventKind(enum.StrEnum):
     PREFILL_END = "prefill_end"  # last chunk's forward pass is over
     RESERVED = "reserved"  # consumer: blocks are reserved for the prompt
     TRANSFER_START = "transfer_start"  # producer: first piece is sent
-    TRANSFER_END = "transfer_end"  # consumer: all pieces are in its pages
+    TRANSFER_END = "transfer_end"  # consumer: all pieces are in its pages, right or not
     DECODE_ADMITTED = "decode_admitted"  # consumer: joined the running batch
     PREEMPTED = "preempted"
     FIRST_TOKEN = "first_token"  # sampled

@@ -124,7 +124,8 @@ class Scheduler:
 
     def commit(self, request: Request, first_token: int, *, verified: bool) -> None:
         """Consumer: the prompt's KV is in the reserved blocks; go on from `first_token`. Unless
-        `verified`, nobody else may use it before a step of the request is read (`update`)."""
+        `verified`, nobody else may use it before `verified` is called, or a step of the request is
+        read (`update`)."""
         assert request.status is Status.RESERVED
         self.blocks.end_transfer(request.block_table)
         request.num_computed_tokens = request.num_prompt_tokens
@@ -133,6 +134,10 @@ class Scheduler:
             self._publish(request, request.num_prompt_tokens)
         request.status = Status.WAITING
         self.waiting.append(request)
+
+    def verified(self, request: Request) -> None:
+        """Consumer: the prompt's KV that was committed is right, and the request has it still."""
+        self._publish(request, request.num_prompt_tokens)
 
     def begin_closing(self, request: Request) -> None:
         """Consumer: give up a reserved request whose producer may still store into its blocks."""

@@ -75,16 +75,26 @@ class Incoming:
 
 @dataclass
 class Unverified:
-    """A request that decodes already, while a device reads its pages for the checksum."""
+    """A request that decodes already, while a device reads its pages (those of `table`) for the
+    checksum."""
 
     request: Request
     producer: str
+    table: list[int]
     expected: int
     checksum: PendingChecksum
 
     @property
-    def damaged(self) -> bool:
-        return self.checksum.result() != self.expected
+    def settled(self) -> bool:
+        """Whether the verdict is there, or the pages are given back and it is of no use."""
+        return self.request.block_table is not self.table or self.checksum.done()
+
+    def verdict(self) -> bool | None:
+        """Whether the pages are what was sent; waits for that. None: the request, which will be
+        computed again, has them no more, and whoever got them may have written into them."""
+        if self.request.block_table is not self.table:
+            return None
+        return self.checksum.result() == self.expected
 
 
 class Consumer:
@@ -194,7 +204,7 @@ class Consumer:
                         self._fail(incoming, WorkerLostError(f"KV hand-over failed: {text}"))
         if self._unverified:
             self._verify(
-                [request_id for request_id, one in self._unverified.items() if one.checksum.done()]
+                [request_id for request_id, one in self._unverified.items() if one.settled]
             )
 
     def verify(self, plan: StepPlan) -> None:
@@ -206,7 +216,12 @@ class Consumer:
     def _verify(self, request_ids: list[str]) -> None:
         for request_id in request_ids:
             unverified = self._unverified.pop(request_id, None)
-            if unverified is not None and unverified.damaged:
+            verdict = None if unverified is None else unverified.verdict()
+            if unverified is None or verdict is None:
+                continue
+            if verdict:
+                self._scheduler.verified(unverified.request)
+            else:
                 self.failures += 1
                 self._scheduler.finish(unverified.request)
                 self._outbox.fail(request_id, _damaged(unverified.producer))
@@ -352,13 +367,15 @@ class Consumer:
             return
         assert incoming.checksum is not None
         pending = incoming.checksum.begin()
-        one = Unverified(request, incoming.producer, commit.checksum, pending)
         verified = pending.done()
-        if commit.num_tokens != request.num_prompt_tokens or (verified and one.damaged):
+        damaged = verified and pending.result() != commit.checksum
+        if commit.num_tokens != request.num_prompt_tokens or damaged:
             self._fail(incoming, _damaged(incoming.producer))
             return
         if not verified:
-            self._unverified[request_id] = one
+            self._unverified[request_id] = Unverified(
+                request, incoming.producer, request.block_table, commit.checksum, pending
+            )
         del self._incoming[request_id]
         # Without slots the producer sends to a store: what came here is what was taken from it.
         needs_slots = self._transport.capabilities.needs_slots

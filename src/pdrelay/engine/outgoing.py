@@ -16,15 +16,6 @@ from pdrelay.transport.base import ProducerLink, TransferReport
 from pdrelay.transport.checksum import Checksum, PendingChecksum
 
 
-@dataclass(frozen=True)
-class Summed:
-    """The checksum of a table's blocks from `first_block` on."""
-
-    table: list[int]
-    first_block: int
-    checksum: PendingChecksum
-
-
 @dataclass(eq=False)
 class Outgoing:
     """`send` and `stored` raise TransportError when the link is broken."""
@@ -40,7 +31,7 @@ class Outgoing:
     deadline_ns: int | None = None  # set once prefill is done
     table: list[int] = field(default_factory=list)  # `request.block_table` as last seen
     slots_due_ns: int | None = None  # until when its first step may wait for slots; None: no step
-    summed: Summed | None = None
+    checksum: PendingChecksum | None = None  # of the pages from `first_block` on
 
     @property
     def request_id(self) -> str:
@@ -121,33 +112,29 @@ class Outgoing:
     # ---- the end
 
     def sum_launched(self, checksum: Checksum) -> None:
-        """The step that completes the prompt is launched: read its pages right behind it."""
+        """The step that completes the prompt is launched: read its pages right behind it. None of
+        them changes any more, and a request with a step in flight is not preempted."""
         if self.hand_over.slots_known:
-            self.summed = self._sum(checksum, in_order=True)
+            self.checksum = self._begin_checksum(checksum, in_order=True)
 
-    def _sum(self, checksum: Checksum, *, in_order: bool) -> Summed:
-        table, first_block = self.request.block_table, self.hand_over.first_block
+    def _begin_checksum(self, checksum: Checksum, *, in_order: bool) -> PendingChecksum:
+        first_block = self.hand_over.first_block
         assert first_block is not None
-        blocks = table[first_block : self.hand_over.num_blocks]
-        return Summed(table, first_block, checksum(blocks, in_order).begin())
-
-    def _checksum(self, checksum: Checksum) -> int:
-        """Of pages that are complete: steps that follow do not delay it."""
-        summed = self.summed
-        if summed is None or summed.table is not self.request.block_table:
-            summed = self._sum(checksum, in_order=False)
-        return summed.checksum.result()
+        blocks = self.request.block_table[first_block : self.hand_over.num_blocks]
+        return checksum(blocks, in_order).begin()
 
     def commit(self, checksum: Checksum) -> Commit | None:
         """What completes the hand-over; None until token 1 is known and all bytes have left."""
         report = self.report
         if report is None or self.first_token is None or not self.hand_over.slots_known:
             return None
+        if self.checksum is None:  # the slots came late: steps that follow do not delay it
+            self.checksum = self._begin_checksum(checksum, in_order=False)
         return Commit(
             request_id=self.request_id,
             first_token=self.first_token,
             num_tokens=self.request.num_prompt_tokens,
-            checksum=self._checksum(checksum),
+            checksum=self.checksum.result(),
             num_bytes=report.num_bytes,
             num_pieces=report.num_pieces,
             start_ns=report.start_ns,

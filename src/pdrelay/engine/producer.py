@@ -62,7 +62,8 @@ class PoolListener(Protocol):
 
 
 class Producer:
-    """Drives hand-overs from the engine's thread. Nothing but `await_slots` blocks."""
+    """Drives hand-overs from the engine's thread. What blocks is `await_slots`, and for some 50 us
+    the checksum of a prompt whose slots came after its last step was launched."""
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ from pdrelay.engine.step import StepHandle
 
 # Before and after the foreseen end: more than steps of one batch size differ.
 NEAR_NS = 300_000
-# An end that is not foreseen is met this late at most, for a tenth of a core.
+# An end that is not foreseen is met this late at most, for a fifth of a core.
 ASK_EVERY_S = 50e-6
 
 

@@ -26,6 +26,7 @@ from pdrelay.lab.progress import Reporter
 from pdrelay.lab.rundir import LaunchInfo, RunInfo, claim_directory, write_json
 from pdrelay.lab.server import Launcher, ServerHandle, engine_in
 from pdrelay.lab.topology import LabTopology
+from pdrelay.launch.host import inspect_host
 from pdrelay.telemetry.source import OpenGpus, open_source
 
 WARMUP_OUTPUT_LEN = 16
@@ -115,6 +116,7 @@ class _Lab:
     def _claim(self) -> None:
         """The run directory is ours, with what it held where we add to it. Raises ConfigError."""
         out, here = self._config.out, environment()
+        here["client_waits_awake"] = _client_selector(self._config) is not None
         if not self._config.add:
             claim_directory(out)
             write_json(out / "environment.json", here)
@@ -281,5 +283,11 @@ def _now() -> str:
 
 def run_lab_blocking(config: LabConfig, launcher: Launcher, reporter: Reporter) -> RunInfo:
     """`run_lab` on a loop of its own."""
-    with awake.runner(awake.client_selector()) as runner:
+    with awake.runner(_client_selector(config)) as runner:
         return runner.run(run_lab(config, launcher, reporter))
+
+
+def _client_selector(config: LabConfig) -> awake.AwakeSelector | None:
+    host = inspect_host()
+    gpus = config.scale.name == "gpu" and host.num_gpus > 0
+    return awake.client_selector(gpus=gpus, num_cores=host.num_cores)

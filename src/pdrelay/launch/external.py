@@ -16,7 +16,7 @@ from pdrelay.errors import ConfigError
 from pdrelay.launch.config import Attach, ServeConfig
 from pdrelay.launch.driver import Driver
 from pdrelay.launch.engine_version import engine_notes, find_engine
-from pdrelay.launch.external_driver import EnginePlan
+from pdrelay.launch.external_driver import EnginePlan, flag_of
 from pdrelay.launch.gpus import VARIABLE, assign_gpus, visible_gpus, with_peers
 from pdrelay.launch.host import Host
 from pdrelay.launch.plan import Plan
@@ -66,7 +66,7 @@ def _found(config: ServeConfig) -> ServeConfig:
 def check_engine_args(config: ServeConfig) -> None:
     """Raises ConfigError for an argument that pdrelay gives itself."""
     for argument in config.external.engine_args:
-        flag = argument.split("=", 1)[0]
+        flag = flag_of(argument)
         if flag in _OWNED[config.engine.engine]:
             raise ConfigError(
                 f"--engine-args has {flag}, which pdrelay gives every instance itself: leave it out"

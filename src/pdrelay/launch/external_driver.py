@@ -28,6 +28,12 @@ _QUIET = {  # no reports to anyone, no downloads where a directory is given
 }
 
 
+def flag_of(argument: str) -> str:
+    """The flag of an engine's argument, as these engines read it: `--a_b=1` is `--a-b`."""
+    flag = argument.split("=", 1)[0]
+    return flag.replace("_", "-") if flag.startswith("--") else flag
+
+
 @dataclass(frozen=True)
 class EnginePlan:
     """Everything a driver of a production engine builds commands from."""

@@ -22,13 +22,23 @@ class Host:
 def inspect_host() -> Host:
     total, available = _memory()
     return Host(
-        num_cores=len(os.sched_getaffinity(0)),
+        num_cores=_num_cores(),
         memory_bytes=total,
         available_bytes=available,
         num_gpus=_num_gpus(),
         max_open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         compiler=shutil.which("cc") or shutil.which("gcc") or shutil.which("clang"),
     )
+
+
+def _num_cores(group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Those of the affinity mask; fewer where control group v2 limits the time on them."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = (group / "cpu.max").read_text().split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):  # no such group, or "max"
+        return cores
 
 
 def _memory() -> tuple[int, int]:

@@ -15,7 +15,7 @@ from pdrelay.model.config import ModelConfig, is_built_in, kv_layout
 
 _AUTO_KV_BYTES = 256 << 20
 _AUTO_KV_SHARE = 0.10  # of the machine's memory, a rank
-_CORES_A_WAITING = 4  # awake processes take a quarter of a host's cores at most
+_CORES_A_PROCESS = 4  # from here on a front door may have one for itself
 _LARGE_KV_SHARE = 0.25  # of the machine's memory, all ranks, where one request needs more
 
 
@@ -129,9 +129,8 @@ def waits_awake(config: ServeConfig, host: Host, num_gpus: int, notes: list[str]
     """Whether the front door and native ranks wait awake (`core/awake.py`)."""
     if config.busy_wait != "auto":
         return config.busy_wait == "on"
-    native = config.engine.engine == "native"
-    waiting = 1 + (num_ranks(config.topology) if native else 0)
-    awake = num_gpus > 0 and host.num_cores >= _CORES_A_WAITING * waiting
+    processes = 1 + num_ranks(config.topology)  # of other engines, too: they compute beside it
+    awake = num_gpus > 0 and host.num_cores >= _CORES_A_PROCESS * processes
     if num_gpus:
         notes.append(f"busy wait: {'on' if awake else 'off'} (auto; {host.num_cores} cores)")
     return awake

@@ -11,7 +11,7 @@ from pdrelay.core.messages import Ready, Role
 from pdrelay.doctor.version import Version, in_range, parse_version
 from pdrelay.integrations import bearer
 from pdrelay.integrations.bearer import KEY_VARIABLE
-from pdrelay.launch.external_driver import ExternalDriver, import_path
+from pdrelay.launch.external_driver import ExternalDriver, flag_of, import_path
 from pdrelay.launch.topology import InstanceSpec
 
 MODULE = "vllm.entrypoints.openai.api_server"
@@ -56,7 +56,7 @@ class VllmDriver(ExternalDriver):
     def arguments(self, spec: InstanceSpec, incarnation: int, port: int) -> list[str]:
         plan = self.plan
         engine, resolved = plan.config.engine, plan.resolved
-        asked = {argument.partition("=")[0] for argument in plan.config.external.engine_args}
+        asked = {flag_of(argument) for argument in plan.config.external.engine_args}
         args = ["-m", *(_CLI if asked.intersection(_API_SERVERS) else (MODULE,))]
         args += ["--model", plan.model_dir]
         args += ["--served-model-name", resolved.served_model_name]

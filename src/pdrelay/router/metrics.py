@@ -109,7 +109,7 @@ class Metrics:
         )
         self._transfer_seconds = Histogram(
             "pdrelay:kv_transfer_seconds",
-            "First piece sent to all pieces verified.",
+            "First piece sent to all pieces at the consumer.",
             link,
             registry=self._registry,
             buckets=_TRANSFER_S,

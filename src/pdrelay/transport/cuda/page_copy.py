@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import gcd
 from typing import Any, NamedTuple, TypeAlias
@@ -21,7 +20,7 @@ import triton
 import triton.language as tl
 
 from pdrelay.transport.cuda.driver import Driver
-from pdrelay.transport.cuda.tensors import tensor_at
+from pdrelay.transport.cuda.tensors import on_stream, tensor_at
 from pdrelay.transport.device import Event, PageMove, PagePool, alike
 
 I32: TypeAlias = npt.NDArray[np.int32]
@@ -198,7 +197,7 @@ class PageCopier:
             for pool in (launch.source, launch.target)
         )
         numbers = tensor_at(ids.device, (len(ids.array),), "int32", self._ordinal)
-        with self._on_stream():
+        with on_stream(self._stream, self._ordinal):
             kernel = copy_pages(
                 source,
                 target,
@@ -212,13 +211,6 @@ class PageCopier:
             )
         if kernel is not None:  # the interpreter compiles nothing
             self._compiled[key] = kernel
-
-    def _on_stream(self) -> AbstractContextManager[Any]:
-        if self._ordinal is None:
-            return nullcontext()
-        device = torch.device(f"cuda:{self._ordinal}")
-        stream = torch.cuda.ExternalStream(self._stream, device=device)
-        return torch.cuda.stream(stream)
 
     def _free_ids(self, num_ids: int) -> _Ids:
         """The one used longest ago; a further one if it is in use, as the stream is in order."""

@@ -8,13 +8,11 @@ torch (upload, gather, download, and folding on the host) took it 1.0 ms on an H
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from math import gcd
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 import triton
 import triton.language as tl
 
@@ -22,7 +20,7 @@ from pdrelay.core.clock import monotonic_ns
 from pdrelay.core.kv_layout import KVLayout
 from pdrelay.transport.checksum import GOLDEN, MIX, SHIFT_1, SHIFT_2
 from pdrelay.transport.cuda.device import CudaDevice
-from pdrelay.transport.cuda.tensors import tensor_at
+from pdrelay.transport.cuda.tensors import on_stream, tensor_at
 from pdrelay.transport.device import Event, PinnedMemory
 from pdrelay.transport.host_device import HostMemory
 
@@ -118,7 +116,7 @@ class PageSampler:
             )
             return programs
         ordinal = None if self._device is None else self._device.ordinal
-        with _on(stream, ordinal):
+        with on_stream(stream, ordinal):
             self._kernel = _sample_pages[(programs,)](
                 self._pool,
                 tensor_at(ids, (len(slot.ids),), "int32", ordinal),
@@ -143,13 +141,6 @@ class PageSampler:
         for memory in self._memories:
             memory.close()
         self._memories.clear()
-
-
-def _on(stream: int, ordinal: int | None) -> AbstractContextManager[Any]:
-    if ordinal is None:
-        return nullcontext()
-    device = torch.device(f"cuda:{ordinal}")
-    return torch.cuda.stream(torch.cuda.ExternalStream(stream, device=device))
 
 
 class PreparedSample:

@@ -36,13 +36,13 @@ class PageSums:
         )
         self._weights: torch.Tensor | None = None
 
-    def sampled(self, blocks: Sequence[int]) -> PreparedSample:
+    def sampled(self, blocks: Sequence[int]) -> _Sample:
         """Four words a (layer, block): `[num_layers, 4, len(blocks)]`, flat."""
-        return PreparedSample(self, self._ends, self._uploaded(blocks))
+        return _Sample(self, self._ends, self._uploaded(blocks))
 
-    def summed(self, blocks: Sequence[int]) -> PreparedSum:
+    def summed(self, blocks: Sequence[int]) -> _Sum:
         """The weighted sum of each (layer, block), wrapping: `[num_layers, len(blocks)]`, flat."""
-        return PreparedSum(self, self._uploaded(blocks))
+        return _Sum(self, self._uploaded(blocks))
 
     def pinned(self, count: int, dtype: torch.dtype) -> torch.Tensor:
         """Copies to and from it are enqueued, where pageable memory is waited for. Torch keeps such
@@ -69,7 +69,7 @@ class PageSums:
         return index.to(self._device, non_blocking=True)
 
 
-class PreparedSample:
+class _Sample:
     """All memory is there, so that reading is two launches."""
 
     def __init__(self, pool: PageSums, ends: torch.Tensor, index: torch.Tensor) -> None:
@@ -84,7 +84,7 @@ class PreparedSample:
         return _to_host(self._found, self._host, self._size)
 
 
-class PreparedSum:
+class _Sum:
     def __init__(self, pool: PageSums, index: torch.Tensor) -> None:
         self._pool = pool
         self._index = index

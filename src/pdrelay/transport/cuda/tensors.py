@@ -1,9 +1,10 @@
-"""Torch tensors over memory that torch did not allocate."""
+"""Torch tensors over memory that torch did not allocate, and streams that it did not make."""
 
 from __future__ import annotations
 
 import ctypes
 import math
+from contextlib import AbstractContextManager, nullcontext
 from ctypes import c_char_p, c_int32, c_int64, c_size_t, c_uint8, c_uint16, c_uint64, c_void_p
 from typing import Any
 
@@ -77,3 +78,11 @@ def tensor_at(address: int, shape: tuple[int, ...], dtype: str, ordinal: int | N
     new_capsule.argtypes = [c_void_p, c_char_p, c_void_p]
     tensor: torch.Tensor = from_dlpack(new_capsule(block, _CAPSULE, None))
     return tensor
+
+
+def on_stream(stream: int, ordinal: int | None) -> AbstractContextManager[Any]:
+    """Torch launches on this raw handle meanwhile; nothing changes without an ordinal."""
+    if ordinal is None:
+        return nullcontext()
+    device = torch.device(f"cuda:{ordinal}")
+    return torch.cuda.stream(torch.cuda.ExternalStream(stream, device=device))

@@ -51,24 +51,31 @@ def pipeline_depth(
     """Tiles of K and V that a program has on their way while it computes with another.
 
     More hide more of the memory's latency, and leave room for fewer programs an SM: the least with
-    which programs come in full waves; where none does, two. Steps of the 8B shape (ms, depth 1 / 2
-    / 3, H200, docs/LOG.md 2026-12-01): 16 rows of 900 4.96 / 4.83 / 4.78, 24 of 4,096 7.56 / 7.58 /
-    7.92, 48 of 2,048 7.63 / 7.59 / 7.96, 64 of 640 5.92 / 6.07 / 6.00, 96 of 2,048 12.1 / 10.9 /
-    11.0. One for a single row: the kernels that follow read their weights meanwhile if they find
-    room (640 tokens: 3.81 / 4.24 / 4.26). Rows in many parts, or in a crowd, that meet pages
-    smaller than a tile: one, not measured.
+    which programs come in full waves; where none does, two; where fewer leave no more room, the
+    most. Steps of the 8B shape (ms, depth 1 / 2 / 3, H200, docs/LOG.md 2026-12-01): 16 rows of 900
+    4.96 / 4.83 / 4.78, 24 of 4,096 7.56 / 7.58 / 7.92, 48 of 2,048 7.63 / 7.59 / 7.96, 64 of 640
+    5.92 / 6.07 / 6.00, 96 of 2,048 12.1 / 10.9 / 11.0. Uneven rows would rather have two: 31 of 640
+    and one of 8,192 5.70 / 5.62 / 5.85, 64 of 64 to 4,032 9.34 / 8.98 / 9.09; the rule looks at
+    none. A single row: one where more would fill half an SM, as the kernels that follow read their
+    weights meanwhile if they find room (640 tokens: 3.81 / 4.24 / 4.26). Rows in many parts, or in
+    a crowd, that meet pages smaller than a tile: one, not measured.
     """
     deepest = max(_LEAST_DEPTH, min(_DEPTH, _SHARED_BYTES // tile_bytes))
     programs = batch * num_kv_heads * num_splits
     if block_size < TILE:
         return _LEAST_DEPTH if num_splits > 2 or crowds(programs, num_sms) else deepest
     if batch == 1:
-        return _LEAST_DEPTH
-    for depth in range(_LEAST_DEPTH, deepest + 1):
-        at_once = min(_MOST_PER_SM, _SM_BYTES // (depth * tile_bytes))
-        if fills_waves(programs, num_sms * at_once):
-            return depth
-    return min(2, deepest)
+        crowded = 2 * _PROGRAMS_PER_SM * deepest * tile_bytes > _SM_BYTES
+        return _LEAST_DEPTH if crowded else deepest
+    at_once = {depth: _at_once(depth, tile_bytes) for depth in range(_LEAST_DEPTH, deepest + 1)}
+    full = [n for n in at_once.values() if fills_waves(programs, num_sms * n)]
+    wanted = max(full) if full else at_once[min(2, deepest)]
+    return max(depth for depth, n in at_once.items() if n == wanted)
+
+
+def _at_once(depth: int, tile_bytes: int) -> int:
+    """Programs of an SM."""
+    return max(1, min(_MOST_PER_SM, _SM_BYTES // (depth * tile_bytes)))
 
 
 def fills_waves(num_programs: int, num_sms: int, least: float = 0.9) -> bool:
