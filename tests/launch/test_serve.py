@@ -46,7 +46,7 @@ def test_a_loop_that_waits_awake_goes_by_the_front_doors_requests(tmp_path, wait
     with Serve(tmp_path, "--busy-wait", wait, STUB_ASKED=str(asked)) as serve:
         serve.wait_ready()
         assert serve.request("/health") == (200, {})
-        assert serve.stop()[0] == 0
+        assert serve.stop(signal.SIGTERM)[0] == 0
     assert asked.exists() is (wait == "on")
 
 
