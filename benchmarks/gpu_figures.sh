@@ -8,6 +8,8 @@
 #   sglang      and with SGLang's P/D and one instance (SGLANG_ARGS: its --engine-args)
 #   kv          experiment 5: transfers by length and transport, beside prefill
 #   transports  bulk copies beside the link's peak
+#   paced       the decode side alone, over a prefill that computes nothing; one GPU is enough
+#   stall       what vLLM's streams lose when a prompt begins whose KV is there; one GPU is enough
 #   tp          a step of TP=2 beside its floor
 #   client      `vllm bench serve` and `pdrelay bench` against one server
 #   tests       what needs GPUs, in one process
@@ -29,12 +31,12 @@ export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
 mkdir -p "$out"
 
 if [ "$gpus" -gt 1 ]; then
-    steps=(lab lab-more sglang kv transports tp client tests)
+    steps=(lab lab-more sglang kv transports paced stall tp client tests)
     topologies=native/pd:1:1,vllm/pd:1:1,vllm/replicas:1,native/replicas:1,vllm+nixl/pd:1:1
     cases='idle,interference,streams-*,*pd-1-1/fixed,*-2/fixed,*pd-1-1/long-short,*-2/long-short'
     place=() kv_transports=mapped,nccl
 else
-    steps=(lab sglang kv transports client tests)
+    steps=(lab sglang kv transports paced stall client tests)
     topologies=native/pd:1:1,vllm/pd:1:1,vllm/replicas:1,native/replicas:1
     cases='idle,interference,streams-*'
     place=(--allow-oversubscribe) kv_transports=mapped
@@ -65,6 +67,15 @@ step() {
         ;;
     transports)
         "$python" benchmarks/transports.py --device "$device" --transports mapped --seconds 40
+        ;;
+    paced)
+        "$python" benchmarks/paced_prefill.py --quick --topologies pd:1:1 --cases idle,interference \
+            --model "$model" --device "$device" "${place[@]}" --out "$out/paced" &&
+            "$python" benchmarks/hand_over_stages.py "$out/paced"
+        ;;
+    stall)
+        "$python" benchmarks/vllm_api_stall.py --python "$(command -v "$python")" --model "$model" \
+            --streams 16 --lengths 8192 --prompts 30
         ;;
     tp) "$python" benchmarks/gpu_tp_step.py --model "$model" --seconds 120 ;;
     client)
