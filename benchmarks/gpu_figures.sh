@@ -69,8 +69,10 @@ step() {
         "$python" benchmarks/transports.py --device "$device" --transports mapped --seconds 40
         ;;
     paced)
+        local kv=()  # a prefill rank without a model cannot measure what is left beside it
+        [ "$device" = cpu ] || kv=(--kv-cache-memory 16GiB)
         "$python" benchmarks/paced_prefill.py --quick --topologies pd:1:1 --cases idle,interference \
-            --model "$model" --device "$device" "${place[@]}" --out "$out/paced" &&
+            --model "$model" --device "$device" "${place[@]}" "${kv[@]}" --out "$out/paced" &&
             "$python" benchmarks/hand_over_stages.py "$out/paced"
         ;;
     stall)
