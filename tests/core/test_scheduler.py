@@ -233,7 +233,8 @@ def test_consumer_promises_only_what_it_has():
     assert len(plan.reservations[0].blocks) == 4
     assert scheduler.counts().in_transfer == 4
     first = plan.reservations[0].request
-    scheduler.commit(first, 7, verified=True)
+    scheduler.commit(first, 7)
+    scheduler.verified(first)
     scheduler.check_integrity()
     outputs = drain_consumer(scheduler)
     assert first.token_ids[13] == 7
@@ -267,7 +268,8 @@ def drain_consumer(scheduler):
             return outputs
         plan, tokens = run_step(scheduler)
         for reservation in plan.reservations:
-            scheduler.commit(reservation.request, token_of(reservation.request), verified=True)
+            scheduler.commit(reservation.request, token_of(reservation.request))
+            scheduler.verified(reservation.request)
         for token in tokens:
             outputs.setdefault(token.request.request_id, []).append(token.token_id)
     pytest.fail("the consumer does not come to an end")
@@ -295,7 +297,8 @@ def test_consumer_under_pressure_finishes_everything(seed, num_blocks):
         reserved += [r.request for r in plan.reservations]
         if reserved and (rng.random() < 0.5 or not plan.chunks):
             request = reserved.pop(rng.randrange(len(reserved)))
-            scheduler.commit(request, token_of(request), verified=True)
+            scheduler.commit(request, token_of(request))
+            scheduler.verified(request)
             scheduler.check_integrity()
         for token in tokens:
             outputs.setdefault(token.request.request_id, []).append(token.token_id)
@@ -368,7 +371,8 @@ def test_blocks_of_a_step_in_flight_stay_with_their_request(seed, num_blocks, bu
         if reserved and rng.random() < 0.5:
             request = reserved.pop()
             if request.status is Status.RESERVED:
-                scheduler.commit(request, 1, verified=True)
+                scheduler.commit(request, 1)
+                scheduler.verified(request)
         if rng.random() < 0.5:
             reserved += [r.request for r in scheduler.reserve()]
         if len(in_flight) < 2:

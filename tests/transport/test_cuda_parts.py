@@ -70,8 +70,8 @@ def test_page_sums_equal_those_of_host_pages(layout, blocks):
     dtype = getattr(torch, layout.dtype)
     pool = torch.frombuffer(pages.buffer, dtype=dtype).view(layout.shape)
     sums = PageSums(pool, layout)
-    assert np.array_equal(sums.sampled(blocks).read().wait(), sampled(pages, blocks))
-    assert np.array_equal(sums.summed(blocks).read().wait(), summed(pages, blocks))
+    assert np.array_equal(sums.sampled(blocks).wait(), sampled(pages, blocks))
+    assert np.array_equal(sums.summed(blocks).wait(), summed(pages, blocks))
     del pool, sums
     pages.close()
 

@@ -122,16 +122,13 @@ class Scheduler:
         request.status = Status.EXPECTED
         self.expected.append(request)
 
-    def commit(self, request: Request, first_token: int, *, verified: bool) -> None:
-        """Consumer: the prompt's KV is in the reserved blocks; go on from `first_token`. Unless
-        `verified`, nobody else may use it before `verified` is called, or a step of the request is
-        read (`update`)."""
+    def commit(self, request: Request, first_token: int) -> None:
+        """Consumer: the prompt's KV is in the reserved blocks; go on from `first_token`. Nobody
+        else may use it before `verified` is called, or a step of the request is read (`update`)."""
         assert request.status is Status.RESERVED
         self.blocks.end_transfer(request.block_table)
         request.num_computed_tokens = request.num_prompt_tokens
         request.token_ids.append(first_token)
-        if verified:
-            self._publish(request, request.num_prompt_tokens)
         request.status = Status.WAITING
         self.waiting.append(request)
 

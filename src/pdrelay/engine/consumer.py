@@ -372,15 +372,17 @@ class Consumer:
         if commit.num_tokens != request.num_prompt_tokens or damaged:
             self._fail(incoming, _damaged(incoming.producer))
             return
-        if not verified:
-            self._unverified[request_id] = Unverified(
-                request, incoming.producer, request.block_table, commit.checksum, pending
-            )
         del self._incoming[request_id]
         # Without slots the producer sends to a store: what came here is what was taken from it.
         needs_slots = self._transport.capabilities.needs_slots
         self._report(incoming, commit, commit.num_bytes if needs_slots else taken_bytes)
-        self._scheduler.commit(request, commit.first_token, verified=verified)
+        self._scheduler.commit(request, commit.first_token)
+        if verified:
+            self._scheduler.verified(request)
+        else:
+            self._unverified[request_id] = Unverified(
+                request, incoming.producer, request.block_table, commit.checksum, pending
+            )
 
     def _report(self, incoming: Incoming, commit: Commit, moved: int) -> None:
         request_id = incoming.request.request_id

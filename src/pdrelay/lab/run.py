@@ -49,23 +49,31 @@ async def run_lab(
     launcher: Launcher,
     reporter: Reporter,
     open_gpus: OpenGpus = open_source,
+    *,
+    client_waits_awake: bool = False,
 ) -> RunInfo:
     """Write a complete run directory at `config.out`.
 
     A server that does not start, or an experiment that fails, is noted and the rest goes on.
     Raises ConfigError when the directory is in use or the trace is bad, LaunchError when no server
-    started at all.
+    started at all. `client_waits_awake`: what the running loop does, for the record.
     """
-    return await _Lab(config, launcher, reporter, open_gpus).run()
+    return await _Lab(config, launcher, reporter, open_gpus, client_waits_awake).run()
 
 
 class _Lab:
     def __init__(
-        self, config: LabConfig, launcher: Launcher, reporter: Reporter, open_gpus: OpenGpus
+        self,
+        config: LabConfig,
+        launcher: Launcher,
+        reporter: Reporter,
+        open_gpus: OpenGpus,
+        client_waits_awake: bool,
     ) -> None:
         self._config = config
         self._launcher = launcher
         self._open_gpus = open_gpus
+        self._client_waits_awake = client_waits_awake
         self._reporter = reporter
         self._so_far = _Progress(trace_path=config.trace.path if config.trace else None)
         self._plan = plan(config)
@@ -116,7 +124,7 @@ class _Lab:
     def _claim(self) -> None:
         """The run directory is ours, with what it held where we add to it. Raises ConfigError."""
         out, here = self._config.out, environment()
-        here["client_waits_awake"] = _client_selector(self._config) is not None
+        here["client_waits_awake"] = self._client_waits_awake
         if not self._config.add:
             claim_directory(out)
             write_json(out / "environment.json", here)
@@ -283,11 +291,9 @@ def _now() -> str:
 
 def run_lab_blocking(config: LabConfig, launcher: Launcher, reporter: Reporter) -> RunInfo:
     """`run_lab` on a loop of its own."""
-    with awake.runner(_client_selector(config)) as runner:
-        return runner.run(run_lab(config, launcher, reporter))
-
-
-def _client_selector(config: LabConfig) -> awake.AwakeSelector | None:
     host = inspect_host()
     gpus = config.scale.name == "gpu" and host.num_gpus > 0
-    return awake.client_selector(gpus=gpus, num_cores=host.num_cores)
+    selector = awake.client_selector(gpus=gpus, num_cores=host.num_cores)
+    lab = run_lab(config, launcher, reporter, client_waits_awake=selector is not None)
+    with awake.runner(selector) as runner:
+        return runner.run(lab)

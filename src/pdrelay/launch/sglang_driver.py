@@ -10,7 +10,7 @@ from pathlib import Path
 from pdrelay.core.endpoint import HttpEndpoint
 from pdrelay.core.messages import Ready, Role
 from pdrelay.doctor.version import Version, in_range, parse_version, show_version
-from pdrelay.launch.external_driver import ExternalDriver
+from pdrelay.launch.external_driver import ExternalDriver, flag_of
 from pdrelay.launch.topology import InstanceSpec
 
 MODULE = "sglang.launch_server"
@@ -66,7 +66,7 @@ class SglangDriver(ExternalDriver):
 
     @cached_property
     def _has_key(self) -> bool:
-        given = {arg.partition("=")[0] for arg in self.plan.config.external.engine_args}
+        given = set(map(flag_of, self.plan.config.external.engine_args))
         known = in_range(parse_version(self.plan.version), _CONFIG_SINCE, None)
         return known and given.isdisjoint(_WITHOUT_KEY)
 

@@ -55,11 +55,6 @@ class PendingWords(Protocol):
         """All of them, flat. For the thread that asked for them."""
 
 
-class PreparedWords(Protocol):
-    def read(self) -> PendingWords:
-        """Launch the reading. Called once."""
-
-
 # (blocks, in_order) -> what `prepare_checksum` returns
 Checksum = Callable[[Sequence[int], bool], PreparedChecksum]
 
@@ -90,12 +85,12 @@ class _OfHostPages:
 
 @dataclass(frozen=True)
 class OfWords:
-    """By the words that mode `sample` or `full` reads, folded on the host."""
+    """By the words that mode `sample` or `full` reads, folded on the host. `read` launches that."""
 
-    words: PreparedWords
+    read: Callable[[], PendingWords]
 
     def begin(self) -> _OfPendingWords:
-        return _OfPendingWords(self.words.read())
+        return _OfPendingWords(self.read())
 
 
 @dataclass(frozen=True)

@@ -283,29 +283,24 @@ class HostWords:
     """Read at once, or when the compute stream gets there."""
 
     def __init__(self, device: HostDevice, words_of: Callable[[], U64], in_order: bool) -> None:
-        self._device = device
-        self._words_of = words_of
-        self._in_order = in_order
         self._words: U64 | None = None
-        self._taken = HostEvent(device)
-
-    def read(self) -> HostWords:
-        if self._in_order:
-            self._device.launch(self._take)
-            self._device._record(self._device._compute, self._taken)
+        self._taken: Event | None = None  # read already
+        self._words_of = words_of
+        if in_order:
+            device.launch(self._take)
+            self._taken = device.launched()
         else:
             self._take()
-            self._taken.reached = True
-        return self
 
     def _take(self) -> None:
         self._words = self._words_of()
 
     def done(self) -> bool:
-        return self._taken.done()
+        return self._taken is None or self._taken.done()
 
     def wait(self) -> U64:
-        self._taken.wait()
+        if self._taken is not None:
+            self._taken.wait()
         assert self._words is not None, "the device was closed"
         return self._words
 
@@ -334,7 +329,7 @@ class HostPages:
 
     def checksum(self, blocks: Sequence[int], in_order: bool, *, full: bool) -> OfWords:
         words_of = partial(summed if full else sampled, self._shared, list(blocks))
-        return OfWords(HostWords(self.device, words_of, in_order))
+        return OfWords(partial(HostWords, self.device, words_of, in_order))
 
     def close(self) -> None:
         self._closed = True

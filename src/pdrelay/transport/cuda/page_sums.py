@@ -24,8 +24,8 @@ class PageSums:
 
     def __init__(self, pool: torch.Tensor, layout: KVLayout) -> None:
         self._device = pool.device
-        self.word_bytes = gcd(layout.layer_block_bytes // 2, 8)
-        words = pool.view(-1).view(_WORDS[self.word_bytes])
+        self._size = gcd(layout.layer_block_bytes // 2, 8)
+        words = pool.view(-1).view(_WORDS[self._size])
         self._words = words.view(layout.num_layers, layout.num_blocks, -1)
         width = self._words.shape[2]
         half = width // 2
@@ -36,71 +36,43 @@ class PageSums:
         )
         self._weights: torch.Tensor | None = None
 
-    def sampled(self, blocks: Sequence[int]) -> _Sample:
+    def sampled(self, blocks: Sequence[int]) -> DeviceWords:
         """Four words a (layer, block): `[num_layers, 4, len(blocks)]`, flat."""
-        return _Sample(self, self._ends, self._uploaded(blocks))
+        return self._to_host(self._ends.index_select(3, self._uploaded(blocks)), self._size)
 
-    def summed(self, blocks: Sequence[int]) -> _Sum:
+    def summed(self, blocks: Sequence[int]) -> DeviceWords:
         """The weighted sum of each (layer, block), wrapping: `[num_layers, len(blocks)]`, flat."""
-        return _Sum(self, self._uploaded(blocks))
-
-    def pinned(self, count: int, dtype: torch.dtype) -> torch.Tensor:
-        """Copies to and from it are enqueued, where pageable memory is waited for. Torch keeps such
-        memory for the next call, but not before the copies on this one are over."""
-        return torch.empty(count, dtype=dtype, pin_memory=self._device.type == "cuda")
-
-    def sums(self, index: torch.Tensor) -> torch.Tensor:
-        """int64 [num_layers, len(index)]."""
         if self._weights is None:
             weights = page_weights(self._words.shape[2]).view(np.int64)
             self._weights = torch.from_numpy(weights.copy()).to(self._device)
-        mask = (1 << 8 * self.word_bytes) - 1
+        index = self._uploaded(blocks)
+        mask = (1 << 8 * self._size) - 1
         rows = []
         for layer in self._words:
             words = layer[index].to(torch.int64)
-            if self.word_bytes < 8:
+            if self._size < 8:
                 words &= mask
             rows.append(words.mul_(self._weights).sum(dim=1))
-        return torch.stack(rows)
+        return self._to_host(torch.stack(rows), 8)
 
     def _uploaded(self, blocks: Sequence[int]) -> torch.Tensor:
-        index = self.pinned(len(blocks), torch.int64)
+        index = self._pinned(len(blocks), torch.int64)
         index.numpy()[:] = blocks
         return index.to(self._device, non_blocking=True)
 
+    def _to_host(self, values: torch.Tensor, size: int) -> DeviceWords:
+        host = self._pinned(values.numel(), values.dtype)
+        host.copy_(values.view(-1), non_blocking=True)
+        event = None
+        if self._device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+        return DeviceWords(host, event, size)
 
-class _Sample:
-    """All memory is there, so that reading is two launches."""
-
-    def __init__(self, pool: PageSums, ends: torch.Tensor, index: torch.Tensor) -> None:
-        self._ends = ends
-        self._index = index
-        self._found = ends.new_empty((*ends.shape[:3], len(index)))
-        self._host = pool.pinned(self._found.numel(), ends.dtype)
-        self._size = pool.word_bytes
-
-    def read(self) -> DeviceWords:
-        torch.index_select(self._ends, 3, self._index, out=self._found)
-        return _to_host(self._found, self._host, self._size)
-
-
-class _Sum:
-    def __init__(self, pool: PageSums, index: torch.Tensor) -> None:
-        self._pool = pool
-        self._index = index
-
-    def read(self) -> DeviceWords:
-        sums = self._pool.sums(self._index)
-        return _to_host(sums, self._pool.pinned(sums.numel(), sums.dtype), 8)
-
-
-def _to_host(values: torch.Tensor, host: torch.Tensor, size: int) -> DeviceWords:
-    host.copy_(values.view(-1), non_blocking=True)
-    event = None
-    if values.device.type == "cuda":
-        event = torch.cuda.Event()
-        event.record()
-    return DeviceWords(host, event, size)
+    def _pinned(self, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """Copies to and from it are enqueued, where pageable memory is waited for. Torch keeps such
+        memory for the next call, but not before the copies on this one are over."""
+        return torch.empty(count, dtype=dtype, pin_memory=self._device.type == "cuda")
 
 
 class DeviceWords:

@@ -10,7 +10,7 @@ import torch
 
 from pdrelay.core.kv_layout import KVLayout
 from pdrelay.errors import TransportError
-from pdrelay.transport.checksum import OfWords, PendingWords, PreparedChecksum, PreparedWords
+from pdrelay.transport.checksum import OfWords, PendingWords, PreparedChecksum
 from pdrelay.transport.cuda.device import CudaDevice
 from pdrelay.transport.cuda.page_sums import PageSums
 from pdrelay.transport.cuda.tensors import tensor_at
@@ -74,8 +74,12 @@ class CudaPages:
         if self._sampler is not None and not full:
             beside: int = self._beside.cuda_stream
             return self._sampler.prepare(blocks, self.device.compute_stream if in_order else beside)
-        prepare = partial(self._sums.summed if full else self._sums.sampled, blocks)
-        return OfWords(prepare() if in_order else _Beside(self._beside, prepare))
+        read = partial(self._sums.summed if full else self._sums.sampled, blocks)
+        return OfWords(read if in_order else partial(self._read_beside, read))
+
+    def _read_beside(self, read: Callable[[], PendingWords]) -> PendingWords:
+        with torch.cuda.stream(self._beside):
+            return read()
 
     def _prepare_sampler(self) -> PageSampler | None:
         """Compiled and launched once; None where pages are odd, or without Triton."""
@@ -96,15 +100,3 @@ class CudaPages:
             self._sampler.close()
         self.device.driver.free(self.address)
         self.device.close()
-
-
-class _Beside:
-    """Everything on a stream of its own."""
-
-    def __init__(self, stream: Any, prepare: Callable[[], PreparedWords]) -> None:
-        self._stream = stream
-        self._prepare = prepare
-
-    def read(self) -> PendingWords:
-        with torch.cuda.stream(self._stream):
-            return self._prepare().read()
